@@ -1,9 +1,11 @@
 """Is a target speedup met, and what does it cost? ``data/results/speed_targets.csv``.
 
 For each checkpoint: the promised speedups, the largest that its `SpeedCurve` reaches, and one beyond it, which is
-refused. The curve was measured on one text; here other prompts are continued at the capacity it names, and the speedup
-on those texts is measured again. For the channel grain, perplexity is measured as those texts were timed: at that very
-capacity, steered, and decoded token by token. The token grain's is too high to be usable; see ``quality.csv``.
+refused; for the channel grain with the engine's weights in each of several formats, over the dense path in the same
+format. The curve was measured on one text; here other prompts are continued at the capacity it names, and the speedup
+on those texts is measured again. For the channel grain, perplexity over the base's own is measured as those texts were
+timed: at the capacity that they realised, steered, and decoded token by token with the same weights. The token grain's
+is too high to be usable; see ``quality.csv``.
 """
 
 import math
@@ -35,8 +37,8 @@ from studies.prompts import prompts
 from studies.quality import MANY
 
 ABOUT = "a target speedup, what came of it and what it costs on three kinds of text"
-MINUTES = 14
-KEY = ("granularity", "versus", "requested")
+MINUTES = 25
+KEY = ("granularity", "weights", "versus", "requested")
 CLAIMED = dict(PROMISED.values())  # speedup -> increase in perplexity
 TEXTS, BLOCK = tuple(MANY), 512
 TOGETHER = 4  # blocks decoded at a time, each with decisions and steering of its own
@@ -46,6 +48,7 @@ TOGETHER = 4  # blocks decoded at a time, each with decisions and steering of it
 class Row(Machine):
     checkpoint: str
     granularity: str
+    weights: str  # as in ``decode.csv``
     versus: str
     requested: float
     reachable: bool  # False: refused
@@ -59,7 +62,7 @@ class Row(Machine):
     over_hf: float | None = None  # over plain transformers on the same texts, median
     prompts: int = 0
     new_tokens: int
-    addresses: float | None = None  # increase in perplexity at this capacity, with its 95 % paired interval
+    addresses: float | None = None  # increase in perplexity at the realised capacity, with its 95 % paired interval
     addresses_low: float | None = None
     addresses_high: float | None = None
     addresses_realised: float | None = None  # capacity, of the text that was scored
@@ -79,6 +82,7 @@ def rows(
     *,
     channel: Path = CHECKPOINTS / "default",
     token: Path = CHECKPOINTS / "token",
+    weights: Sequence[str] = ("base", "int8", "q4"),
     versus: str = "dense",
     count: int = 10,
     max_new_tokens: int = 60,
@@ -91,38 +95,39 @@ def rows(
     the number of prompts; ``tokens`` are scored of each text's test split, which takes most of the time.
     """
     check_count("tokens", tokens, 2 * BLOCK)
-    for checkpoint in (channel, token):
+    for checkpoint, form in [*((channel, form) for form in weights), (token, "base")]:
         hat = HierarchicalTransformer.from_pretrained(checkpoint, dtype=dtype)
+        hat.weight_format = form
         infer = AdaptiveInference(hat, versus)
         curve = infer.curve()
+        about = {"granularity": hat.config.granularity, "versus": versus}
+        about["weights"] = str(hat.base.dtype).removeprefix("torch.") if form == "base" else form
         ends = {math.floor(1000 * curve.largest) / 1000, round(curve.largest + 0.5, 1)}
-        grain = hat.config.granularity
-        missing = [t for t in sorted({*CLAIMED} | ends) if (grain, versus, t) not in done]
-        chosen = {target: curve.capacity_for(target) for target in missing if target <= curve.largest}
-        priced = [c for target, c in chosen.items() if target in CLAIMED and grain == "channel"]
-        prices = _prices(hat, priced, tokens)
+        found = {t: {} for t in sorted({*CLAIMED} | ends) if (*(about[k] for k in KEY[:3]), t) not in done}
         texts = [p.text for p in prompts(hat.base.tokenizer, count)]
-        for target in missing:
-            found = {"reachable": target in chosen, "largest": curve.largest}
-            if target in chosen:
-                found |= _continued(infer, texts, target, max_new_tokens) | prices.get(chosen[target], {})
-            found |= {"checkpoint": Path(checkpoint).name, "granularity": grain, "versus": versus}
-            yield rounded(Row, **machine(hat.base) | found, requested=target, new_tokens=max_new_tokens)
+        for target in found:
+            if target <= curve.largest:
+                found[target] = _continued(infer, texts, target, max_new_tokens)
+        if hat.config.granularity == "channel":
+            _price([made for target, made in found.items() if target in CLAIMED and made], hat, tokens)
+        about |= machine(hat.base) | {"checkpoint": Path(checkpoint).name, "largest": curve.largest}
+        for target, made in found.items():
+            about |= {"requested": target, "reachable": bool(made), "new_tokens": max_new_tokens}
+            yield rounded(Row, **about | made)
 
 
-def _prices(hat: HierarchicalTransformer, capacities: Sequence[float], tokens: int) -> Mapping[float, dict]:
-    """Capacity -> the columns of perplexity."""
-    found = {capacity: {"tokens": tokens} for capacity in capacities}
-    settings = [partial(combined, partial(hat.at, c, 0.0), partial(steer_to_capacity, hat)) for c in found]
+def _price(found: Sequence[dict], hat: HierarchicalTransformer, tokens: int) -> None:
+    """Add the columns of perplexity to those of speed."""
+    at = [partial(hat.at, columns["realised_capacity"], 0.0) for columns in found]
     for text in TEXTS if found else ():
         blocks = whole_blocks(text, hat.base.tokenizer, tokens)
-        base = decoded(hat, blocks, hat.dense)
-        for columns, setting in zip(found.values(), settings, strict=True):
-            at = decoded(hat, blocks, setting)
-            paired = compare(base, at)
-            columns |= paired.ends(text)
-            columns |= {f"{text}_realised": at.capacity, "tokens": min(columns["tokens"], paired.tokens)}
-    return found
+        with hat.changed(weight_format="base"):
+            base = decoded(hat, blocks, hat.dense)
+        for columns, setting in zip(found, at, strict=True):
+            scored = decoded(hat, blocks, partial(combined, setting, partial(steer_to_capacity, hat)))
+            paired = compare(base, scored)
+            columns |= paired.ends(text) | {f"{text}_realised": scored.capacity}
+            columns["tokens"] = min(columns.get("tokens", tokens), paired.tokens)
 
 
 @torch.inference_mode()
@@ -170,7 +175,7 @@ def _continued(infer: AdaptiveInference, texts: Sequence[str], target: float, ma
 def tables(results: Path | None = None) -> dict[str, str]:
     measured = "measured: median (lowest to highest prompt)"
     realised = "realised, timed / scored"
-    header = ["grain", "target", "capacity chosen", realised, measured, "over plain transformers", *TEXTS,
+    header = ["grain", "weights", "target", "capacity chosen", realised, measured, "over plain transformers", *TEXTS,
               "most within reach"]  # fmt: skip
     brief = ["speed claimed", "speed measured (slowest to fastest prompt)", "perplexity claimed",
              "perplexity measured, worst of three texts (95 % interval)", "share of the work that ran, timed / scored",
@@ -183,8 +188,10 @@ def tables(results: Path | None = None) -> dict[str, str]:
         if r.reachable:
             found = f"{r.measured:.2f}x ({r.lowest:.2f}x to {r.highest:.2f}x)"
             over, chosen = times(r.over_hf), f"{r.capacity:.2f}"
-        lines.append([r.granularity, f"{r.requested:.3g}x", chosen, ran, found, over, *costs, times(r.largest)])
-        if r.granularity == "channel" and r.requested in CLAIMED:
+        lines.append(
+            [r.granularity, r.weights, f"{r.requested:.3g}x", chosen, ran, found, over, *costs, times(r.largest)]
+        )
+        if r.granularity == "channel" and r.weights == "float32" and r.requested in CLAIMED:
             price = increase_text(row, max(TEXTS, key=row.get)) if r.tokens else None
             front.append([f"{r.requested}x", found, f"{CLAIMED[r.requested]:+.0%}", price, ran, over])
     return {"speed_targets": markdown(header, lines), "promise": markdown(brief, front)}

@@ -79,9 +79,12 @@ def _interleaved(b, left, right, size: int, last: bool):
     return b.bitcast(shuffle(b, b.bitcast(left, wide), b.bitcast(right, wide), order), left.type)
 
 
-def _dot_pairs(b, left, right, how: str):
+def dot_pairs(b, left, right, how: str = ""):
     """int32 sums of two neighbouring products of int16."""
-    n = left.type.count // 2
+    n, how = left.type.count // 2, how or instructions()
+    if n == 16 and how.startswith("avx"):
+        halves = (dot_pairs(b, *(shuffle(b, v, v, [*range(i, i + n)]) for v in (left, right)), how) for i in (0, n))
+        return shuffle(b, *halves, [*range(n)])
     if how == "any":
         products = b.mul(*(b.sext(v, vector(I32, 2 * n)) for v in (left, right)))
         return b.add(*(shuffle(b, products, products, [*range(i, 2 * n, 2)]) for i in (0, 1)))
@@ -101,6 +104,7 @@ class _Quads:
 
     def __init__(self, b, lanes: int, bits: int, total, how: str):
         self.b, self.lanes, self.bits, self.how = b, lanes, bits, how
+        self.units = (1, 1 / 16) if bits == 4 else (1,)
         # Sums of c (q - 8), and of c (q - 8) + 16 c (q' - 8) for the bytes q + 16 q'; or of c w.
         starts = (-17 * MIDDLE, -MIDDLE) if bits == 4 else (-128,) if "vnni" in how else (0,)
         starts = [splat(b, b.mul(total, I32(start)), lanes // 4) for start in starts]
@@ -129,7 +133,7 @@ class _Quads:
             name = {32: "avx2.psign.b", 16: "ssse3.psign.b.128"}[n]
             signed = call(b, f"x86.{name}", part.type, part, code)
             pairs = _dot_bytes(b, call(b, f"abs.v{n}i8", part.type, code, ir.IntType(1)(0)), signed)
-            return b.add(s, _dot_pairs(b, pairs, every(1, pairs), self.how))
+            return b.add(s, dot_pairs(b, pairs, every(1, pairs), self.how))
         wide = (b.zext if self.bits == 4 else b.sext)(part, vector(I32, n))
         products = b.mul(wide, b.sext(code, wide.type))
         for i in range(4):
@@ -137,16 +141,17 @@ class _Quads:
         return s
 
     def vectors(self):
-        """int32 sums, in the order of outputs; of four bits in the lower half of each."""
+        """int32 sums, in the order of outputs, each in one of its ``units`` in turn."""
         b, loaded = self.b, [[self.b.load(s) for s in of_four] for of_four in self.sums]
         if self.bits == 8:
             return [s for (s,) in loaded]
-        both = [(low, b.ashr(b.sub(whole, low), every(4, low))) for whole, low in loaded]
-        return [b.and_(s, every(0xFFFF, s)) for pair in both for s in pair]
+        return [s for whole, low in loaded for s in (low, b.sub(whole, low))]
 
 
 class _Pairs:
     """Sums of two rows at a time, for four bits, in int16: those of a block fit, whatever overflows on the way."""
+
+    units = (1,)
 
     def __init__(self, b, lanes: int, total):
         self.b, self.lanes = b, lanes
@@ -174,7 +179,7 @@ class _Pairs:
             for s in self.sums[four // 2]:
                 order = [at + i for at in range(4 * (four % 2), self.lanes // 2, 8) for i in range(4)]
                 words = b.load(s)
-                made.append(b.zext(shuffle(b, words, words, order), vector(I32, self.lanes // 4)))
+                made.append(b.sext(shuffle(b, words, words, order), vector(I32, self.lanes // 4)))
         return made
 
 
@@ -188,7 +193,7 @@ def _adds(bits: int, outputs: int, how: str):
         w, codes, rows, y = data(context, b, signature.args[:4], args[:4])
         column, scales, offsets, next_group, at, counts, factors, totals = args[4:]
         integer, n, starts = column.type, size // 4, range(0, outputs // of_byte, size)
-        words, found = b.gep(w, [b.udiv(column, integer(of_byte))]), []
+        words, found, offset = b.gep(w, [b.udiv(column, integer(of_byte))]), [], None
         for block in range(GROUP // BLOCK):
             total = b.extract_value(totals, block)
             if how == "avx2" and bits == 4:
@@ -205,8 +210,12 @@ def _adds(bits: int, outputs: int, how: str):
                     for row in soon if start % 64 == 0 else ():
                         prefetch(b, b.gep(row, [integer(start)]))
             codes, at = b.gep(codes, [integer(BLOCK)]), b.add(at, full)
-            factor, unit = b.extract_value(factors, block), b.shl(total, I32(16 + OFFSET))
-            found.append(([s.vectors() for s in sums], splat(b, factor, n), splat(b, unit, n)))
+            factor = b.extract_value(factors, block)
+            units = [splat(b, b.fmul(factor, F32(unit)), n) for unit in sums[0].units]
+            found.append(([s.vectors() for s in sums], units))
+            product = b.fmul(b.sitofp(b.shl(total, I32(OFFSET)), F32), factor)
+            offset = b.fadd(offset, product) if block else product
+        offset = splat(b, offset, n)
 
         d_at, m_at = b.gep(w, [b.add(scales, column)]), b.gep(w, [b.add(offsets, b.mul(column, integer(2)))])
         for k, start in enumerate(starts):
@@ -214,18 +223,19 @@ def _adds(bits: int, outputs: int, how: str):
                 output = start // tile * tile * of_byte + tile // 4 * j + start % tile // 4
                 to = b.gep(y, [b.add(column, integer(output))])
                 s = load(b, to, F32, n)
+                blocks = [(b.sitofp(vectors[k][j], s.type), units[j % len(units)]) for vectors, units in found]
                 if bits == 4:
                     places = b.gep(d_at, [integer(output)]), b.gep(m_at, [integer(2 * output)])
                     for place, line in zip(places, (64, 32), strict=True):
                         if output % line == 0:
                             prefetch(b, b.gep(place, [next_group]))
-                    d, m = (b.zext(load(b, p, i, n), vector(I32, n)) for p, i in zip(places, (I8, I16), strict=True))
-                    pair = b.bitcast(b.or_(d, b.shl(m, every(16, m))), vector(I16, 2 * n))
-                for vectors, factor, unit in found:
-                    v = vectors[k][j]
-                    if bits == 4:
-                        v = _dot_pairs(b, b.bitcast(b.or_(v, unit), pair.type), pair, how)
-                    s = add_product(b, s, b.sitofp(v, s.type), factor)
+                    d = b.uitofp(load(b, places[0], I8, n), s.type)
+                    s = add_product(b, s, offset, b.sitofp(load(b, places[1], I16, n), s.type))
+                    first, second = blocks
+                    s = add_product(b, s, add_product(b, b.fmul(*first), *second), d)
+                else:
+                    for block in blocks:
+                        s = add_product(b, s, *block)
                 store(b, s, to)
         return context.get_dummy_value()
 

@@ -19,11 +19,8 @@ from numba.extending import intrinsic, overload
 from hat_lib.engine.compiling import compiled
 from hat_lib.engine.vectors import (
     F32,
-    I8,
     I32,
-    I64,
     add_product,
-    call,
     data,
     every,
     load,
@@ -221,54 +218,9 @@ def span(n, t, team, step):
     return n if t == team else min(n, (n * t // team + step - 1) // step * step)
 
 
-@compiled()
-def dots(w, scale, x, y, v0, v1):
-    """``y[r, v] = w[v] . x[r]`` for v from v0 to v1, rounded to the dtype of y.
-
-    A dense product with untransposed weights, ``[out, C]``; for ``scale`` see `dot_scaled`.
-    """
-    for v in range(v0, v1):
-        row = w[v]
-        for r in range(x.shape[0]):
-            y[r, v] = as_stored(dot_scaled(row, scale[v], x[r]), y[r, v])
-
-
 @compiled(reorder=True)
 def dot(a, b):
     s = F0
     for i in range(b.shape[0]):
         s += as_float(a[i]) * b[i]
     return s
-
-
-def dot_scaled(w, scale, x):
-    """``w . x``; of weights in int8, ``scale`` has a float16 for each 32 channels, as its bits. In compiled code."""
-
-
-@overload(dot_scaled)
-def _dot_scaled(w, scale, x):
-    return (lambda w, scale, x: dot_eight(w, scale, x)) if w.dtype == types.int8 else lambda w, scale, x: dot(w, x)
-
-
-@intrinsic
-def dot_eight(context, w, scale, x):
-    """`dot_scaled` of int8, vectorised by hand: LLVM would add up each 32 channels to one number."""
-
-    def build(inner, b, signature, args):
-        words, scales, inputs = data(inner, b, signature.args, args)
-        (groups,) = cgutils.unpack_tuple(b, cgutils.create_struct_proxy(scale)(inner, b, args[1]).shape)
-        zeros = ir.Constant(vector(F32, LANES), None)
-        total = cgutils.alloca_once_value(b, zeros)
-        with cgutils.for_range(b, groups) as loop:
-            # The bits of a float16 that is not negative, as those of a float32, are 2 ** 112 times too small.
-            bits, s = b.zext(b.load(b.gep(scales, [loop.index])), I32), zeros
-            factor = b.fmul(b.bitcast(splat(b, b.shl(bits, I32(13)), LANES), zeros.type), every(2.0**112, zeros))
-            for half in range(2):
-                at = [b.add(b.mul(loop.index, I64(2 * LANES)), I64(half * LANES))]
-                weights = b.sitofp(load(b, b.gep(words, at), I8, LANES), zeros.type)
-                s = add_product(b, s, weights, load(b, b.gep(inputs, at), F32, LANES))
-            b.store(add_product(b, b.load(total), s, factor), total)
-        name = f"vector.reduce.fadd.v{LANES}f32"
-        return call(b, name, F32, F32(0), b.load(total), fastmath=("reassoc",))
-
-    return types.float32(w, scale, x), build

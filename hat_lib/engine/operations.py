@@ -1,14 +1,11 @@
-"""The parts of a decoder layer, and of the head, that `hat_lib.engine.step` puts together; arithmetic is in float32."""
+"""The parts of a decoder layer that `hat_lib.engine.step` puts together; arithmetic is in float32."""
 
 import numpy as np
 
-from hat_lib.engine.arrays import PARTIALS, SECTION, Product
+from hat_lib.engine.arrays import PARTIALS, Product
 from hat_lib.engine.compiling import compiled
 from hat_lib.engine.integers import add
-from hat_lib.engine.kernels import F0, F1, as_float, as_stored, dot, dot_scaled, exp, fetch, keep, span
-
-SOON = 8
-"""how many rows of the head ahead to prefetch"""
+from hat_lib.engine.kernels import F0, F1, as_float, dot, exp, fetch, keep, span
 
 
 @compiled(reorder=True)
@@ -211,34 +208,3 @@ def exit_gate(gates, e, threshold, h, n):
         start[i] = gates.scale[e, i] * n[i] + gates.shift[e, i]
     add_low_rank(gates.reduce[e], gates.expand[e], start, n, np.sqrt(square * np.float32(h.shape[0])), h)
     return True
-
-
-@compiled()
-def round_into(values, out):
-    for i in range(values.shape[0]):
-        out[i] = as_stored(values[i], out[i])
-
-
-@compiled()
-def shortlist(thread, head, scale, x, preview, floor, logits, candidates):
-    """This thread's logits ``[V]`` of a row: previews, and in full those that reach ``floor``; returns how many do.
-
-    Threads take pieces in turn: likely tokens have low ids, and one thread would have most of them. ``candidates [V]``
-    is to work in.
-    """
-    n, vocabulary = 0, logits.shape[0]
-    for v0 in range(thread.t * SECTION, vocabulary, thread.team * SECTION):
-        v1 = min(v0 + SECTION, vocabulary)
-        piece = preview[v0:v1]
-        round_into(piece, logits[v0:v1])
-        if not largest(piece) < floor:
-            for i in range(piece.shape[0]):
-                candidates[n] = v0 + i
-                n += piece[i] >= floor
-    for k in range(n):
-        if k + SOON < n:
-            fetch(head[candidates[k + SOON]], 0, x.shape[0])
-            fetch(scale[candidates[k + SOON]], 0, scale.shape[1])
-        v = candidates[k]
-        logits[v] = as_stored(dot_scaled(head[v], scale[v], x), logits[v])
-    return n

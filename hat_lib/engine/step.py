@@ -12,21 +12,19 @@ import numpy as np
 from hat_lib.engine.arrays import DOWN, FFN, GATE_UP, OUT, PARTIALS, QKV, TILE, Gathered, Inputs
 from hat_lib.engine.attention import PIECE, attend, combine, pieces, place_keys, place_queries
 from hat_lib.engine.compiling import compiled
-from hat_lib.engine.integers import add
-from hat_lib.engine.kernels import F0, LEAST, as_float, dots, exp, fetch, keep, span
+from hat_lib.engine.head import all_logits, likely_logits
+from hat_lib.engine.kernels import F0, LEAST, as_float, exp, fetch, keep
 from hat_lib.engine.operations import (
     add_low_rank,
     add_partials,
     exit_gate,
     fetch_small,
-    largest,
     lower,
     of_layer,
     partial_product,
     parts,
     rms_norm,
     score,
-    shortlist,
     swiglu,
     whole_product,
 )
@@ -192,32 +190,10 @@ def decode_step(thread, base, thresholds, rows, shared, course, step):
         add_partials(thread, product, shared.states[1], lowered, runs, z, h)
 
     # The head, for the rows whose logits are wanted.
-    count = rows.logit_rows.shape[0]
-    for k in range(count):
+    wanted = rows.logit_rows.shape[0]
+    for k in range(wanted):
         r = rows.logit_rows[k]
         rms_norm(h[r : r + 1], base.last_norm, base.eps, x[k : k + 1])
-    x, vocabulary = x[:count], base.head.shape[0]
-    v0, v1 = span(vocabulary, t, team, TILE), span(vocabulary, t + 1, team, TILE)
-    if not thresholds.head > LEAST:
-        dots(base.head, base.head_scale, x, rows.logits, v0, v1)
-        return meet(barrier, team)
-    bars[0, :] = thresholds.head
-    counts = course.head[step, t, 0] if t == 0 else uncounted
-    n = keep(Inputs(x, bars[0], every_row), base.head_unit, 0, width, gathered, counts)
-    end = shared.preview.shape[1] if v1 == vocabulary else v1  # tiles are whole
-    if v0 < v1:
-        add(base.preview, gathered, 0, n, n, shared.preview[:count], v0, end)
-    for r in range(count):
-        preview = shared.preview[r]
-        if base.preview_scale.shape[0]:
-            for v in range(v0, v1):
-                preview[v] *= base.preview_scale[v]
-        shared.best[t, r] = largest(preview[v0:v1]) if v0 < v1 else LEAST
-    if meet(barrier, team):
-        return True
-    for r in range(count):
-        floor = largest(shared.best[:team, r]) - thresholds.margin
-        course.head[step, t, 1, r] = shortlist(
-            thread, base.head, base.head_scale, x[r], shared.preview[r], floor, rows.logits[r], shared.candidates[t]
-        )
-    return meet(barrier, team)
+    if thresholds.head > LEAST:
+        return likely_logits(thread, base, thresholds, x[:wanted], gathered, rows.logits, shared, course.head[step, t])
+    return all_logits(thread, base, x[:wanted], rows.logits)

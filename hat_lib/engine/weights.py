@@ -214,7 +214,7 @@ def _head(weight: Tensor, form: str, previewed: bool) -> tuple[Tensor, Tensor, T
         columns = _memory((channels, _spread(outputs, weight.dtype) if previewed else 0), weight.dtype)
         columns[:, :outputs] = weight.t()[:, : columns.shape[1]]
         return weight, torch.zeros(outputs, 0, dtype=torch.int16), columns, torch.zeros(0)
-    head, scale = torch.empty(weight.shape, dtype=torch.int8), torch.empty(outputs, channels // GROUP).half()
+    head, scale = _memory(weight.shape, torch.int8), _memory((outputs, channels // GROUP), torch.half)
     for part, to, factor in zip(weight.split(4096), head.split(4096), scale.split(4096), strict=True):
         groups = part.float().unflatten(1, (-1, GROUP))
         factor.copy_((groups.abs().amax(2) / 127).clamp_(min=2.0**-24))

@@ -115,15 +115,15 @@ def test_targets_are_refused_beyond_the_curve_and_priced_as_they_were_timed(chec
     monkeypatch.setattr("hat_lib.decoding.inference.speed_curve", lambda *_, **__: curve)
     monkeypatch.setattr(speed_targets, "TEXTS", ("addresses",))
     monkeypatch.setattr(speed_targets, "BLOCK", 64)
-    done = {("token", "dense", target) for target in (1.1, 1.16, 1.3, 1.6, 1.7, 1.8)}
-    options = {"dtype": "fp32", "count": 1, "max_new_tokens": 6, "tokens": 192}
+    done = {("token", "float32", "dense", target) for target in (1.1, 1.16, 1.3, 1.6, 1.7, 1.8)}
+    options = {"dtype": "fp32", "count": 1, "max_new_tokens": 6, "tokens": 192, "weights": ["base"]}
     rows = list(speed_targets.rows(done, **checkpoints, **options))
     assert [(r.requested, r.reachable) for r in rows] == [(t, t <= 1.16) for t in (1.1, 1.16, 1.3, 1.6, 1.7, 1.8)]
     assert all(r.capacity is r.measured is r.addresses is None for r in rows if not r.reachable)
     assert rows[0].over_hf > 0 and rows[0].lowest <= rows[0].measured <= rows[0].highest
     hat = HierarchicalTransformer.from_pretrained(checkpoints["channel"], dtype="fp32")
     blocks = speed_targets.whole_blocks("addresses", hat.base.tokenizer, 192)
-    steered = partial(combined, partial(hat.at, curve.capacity_for(1.1), 0.0), hat.steered)
+    steered = partial(combined, partial(hat.at, rows[0].realised_capacity, 0.0), hat.steered)
     base, scored = (speed_targets.decoded(hat, blocks, around) for around in (hat.dense, steered))
     assert rows[0].addresses == pytest.approx(compare(base, scored).increase, rel=1e-2)
 
