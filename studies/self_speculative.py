@@ -26,7 +26,7 @@ from studies.prompts import KINDS, Prompt, prompts
 from studies.timing import plain_copy
 
 ABOUT = "a prompt, four ways to its text"
-MINUTES = 18
+MINUTES = 25
 KEY = ("granularity", "capacity", "weights", "dtype", "prompt")
 EARLY_EXITS = 10
 
@@ -52,7 +52,7 @@ class Row(Machine):
     ms_hf: float
     ms_dense: float
     ms_lossless: float
-    ms_early_exit: float | None  # slow, so only for one in `EARLY_EXITS` rounds of kinds
+    ms_early_exit: float | None  # slow, so only beside dense drafts, for one in `EARLY_EXITS` rounds of kinds
     over_dense_low: float | None  # ms_dense / ms_lossless in the slowest round; None where there was only one
     over_dense_high: float | None
     rounds: int
@@ -62,23 +62,24 @@ def rows(
     done: Collection = (),
     *,
     checkpoint: Path = CHECKPOINTS / "default",
-    capacity: float = 1.0,
+    capacities: Sequence[float] = (1.0, 0.75, 0.6),
     weights: str = "q4",
     dtypes: Sequence[str] = ("fp32", "bf16"),
     count: int = 20,
     max_new_tokens: int = 48,
     rounds: int = 3,
 ) -> Iterator[Row]:
-    """A row for each dtype and each of ``count`` prompts; the checkpoint drafts at ``capacity`` with ``weights``."""
-    capacity, parsed = check_capacity(capacity), [parse_dtype(dtype) for dtype in dtypes]
+    """A row for each dtype, capacity of the drafts and each of ``count`` prompts; drafts read ``weights``."""
+    capacities, parsed = [check_capacity(c) for c in capacities], [parse_dtype(dtype) for dtype in dtypes]
     for dtype in parsed:
         hat = HierarchicalTransformer.from_pretrained(checkpoint, dtype=dtype)
         hat.weight_format, plain = weights, plain_copy(hat)
-        here = hat.config.granularity, capacity, weights, str(dtype).removeprefix("torch.")
+        name = str(dtype).removeprefix("torch.")
         for number, prompt in enumerate(prompts(hat.base.tokenizer, count)):
-            if (*here, number) not in done:
-                with hat.at(capacity, 0.0):
-                    yield _measure(hat, plain, number, prompt, max_new_tokens, rounds)
+            for capacity in capacities:
+                if (hat.config.granularity, capacity, weights, name, number) not in done:
+                    with hat.at(capacity, 0.0):
+                        yield _measure(hat, plain, number, prompt, max_new_tokens, rounds)
 
 
 def _measure(hat: HierarchicalTransformer, plain, number: int, prompt: Prompt, max_new_tokens: int, rounds: int) -> Row:
@@ -100,7 +101,8 @@ def _measure(hat: HierarchicalTransformer, plain, number: int, prompt: Prompt, m
         "lossless": lossless,
         "early_exit": lambda: plain.generate(ids, **greedy, assistant_early_exit=hat.config.exit_layers[-1]),
     }
-    order = list(ways) if number // KINDS % EARLY_EXITS == 0 else list(ways)[:3]
+    slow = hat.capacity == 1 and number // KINDS % EARLY_EXITS == 0
+    order = list(ways)[: 4 if slow else 3]
     found, variants = {}, [Variant(way, hat, torch.inference_mode) for way in order]
 
     def once(v: Variant) -> float:
@@ -139,7 +141,7 @@ def parting(base: Tensor, other: Tensor, logits: Sequence[Tensor]) -> tuple[int 
 
 
 def figures(results: Path | None = None) -> dict:
-    return {"05_lossless": speed.lossless(saved("self_speculative", results))}
+    return {"05_lossless": speed.lossless(saved("self_speculative", results).query("capacity == 1"))}
 
 
 def tables(results: Path | None = None) -> dict[str, str]:
@@ -154,5 +156,5 @@ def tables(results: Path | None = None) -> dict[str, str]:
         line += ["{} ({:.2f} to {:.2f})".format(times(dense.median()), *dense.quantile([0.1, 0.9]))]
         low, high = ((rows[f"over_dense_{end}"] / dense - 1).median() for end in ("low", "high"))
         line += [None if math.isnan(low) else f"{low:+.0%} and {high:+.0%}"]
-        lines.append([*line, times(hf.median()), times(early.median())])
+        lines.append([*line, times(hf.median()), None if early.isna().all() else times(early.median())])
     return {"self_speculative": markdown(header, lines)}

@@ -33,8 +33,8 @@ SPIN = 2_000
 LATE = 8_000_000
 """nanoseconds that a call may lose before it is called off, two turns of another process on the core; or a third of its
 time, if that is more"""
-SHORTEST, LONGEST = 4, 128
-"""fewest and most calls before a number of threads that was too many is tried again"""
+SHORTEST, LONGEST = 40_000_000, 1_280_000_000
+"""fewest and most nanoseconds of calls before a number of threads that was too many is tried again"""
 CLOCK = getattr(time, "CLOCK_MONOTONIC", None)
 """the system's clock for late meetings; None on Windows, where nothing is late"""
 
@@ -146,18 +146,18 @@ class Pace:
     def __init__(self, most: int):
         self.threads = self.most = most
         self._pauses = [SHORTEST] * (most + 1)
-        """calls to wait before trying each number of threads"""
+        """nanoseconds to wait before trying each number of threads"""
         self._since, self._harm = 0, 0.0
-        """calls with this number of threads; and what the last few lost, where 1 is what half the threads would lose"""
+        """nanoseconds of calls with this number of threads; and what the last few lost, where 1 is what half the threads would lose"""
 
-    def after(self, lost: float) -> None:
-        """Take note of a call, and of the share of its time that it lost to late threads."""
+    def after(self, took: int, lost: float) -> None:
+        """Take note of a call of so many nanoseconds, and of the share of its time that it lost to late threads."""
         now = self.threads
         # Without a loss, half the threads take twice the time, or less, since all wait for the same memory: so threads
         # may lose half of theirs, or less. No call counts for more than twice that: one is not enough.
         harm = min(lost * 3, 2.0) if now > 1 else 0.0
         self._harm += (harm - self._harm) / 3
-        self._since += 1
+        self._since += took
         if self._harm > 1:
             self._pauses[now] = min(2 * self._pauses[now], LONGEST)
             self.threads, self._since, self._harm = now // 2, 0, 0.0
@@ -198,8 +198,8 @@ class Team:
         except BaseException:
             barrier[OFF] = 1
             raise
-        lost = barrier[LOST] / max(size - 1, 1) / max(nanoseconds() - barrier[BEGUN], 1)
-        self.pace.after(1.0 if barrier[OFF] else lost)
+        took = int(nanoseconds() - barrier[BEGUN])
+        self.pace.after(took, 1.0 if barrier[OFF] else barrier[LOST] / max(size - 1, 1) / max(took, 1))
         return not barrier[OFF]
 
 

@@ -81,7 +81,7 @@ def test_bfloat16_is_nearer_to_the_truth_than_transformers(ids):
 def test_threads_rows_and_pieces_change_no_bit(dtype, form, ids, monkeypatch):
     decoder = Decoder(llama(dtype, num_hidden_layers=2, **WIDE if form == "q4" else {}), form)
     monkeypatch.setattr(team, "cores", lambda: 16)
-    monkeypatch.setattr(team.Pace, "after", lambda pace, lost: None)
+    monkeypatch.setattr(team.Pace, "after", lambda pace, took, lost: None)
     monkeypatch.setattr(team, "LATE", 1 << 62)
     expected, before = steps(decoder, ids), torch.get_num_threads()
     try:

@@ -121,7 +121,7 @@ def test_settings_are_read_by_type(stand_in):
         ("tasks", "--set", "tokens=5"),
         ("answers", "--set", "rounds=few"),
         ("published_claims", "--set", "rounds=0"),
-        ("self_speculative", "--set", "capacity=2"),
+        ("self_speculative", "--set", "capacities=2"),
         ("quality", "--set", "grains=word"),
     ],
 )
