@@ -107,7 +107,7 @@ def as_inputs(head, x):
 
 
 def dot_scaled(w, scale, inputs, r):
-    """``w . x[r]`` for a row of the head; of int8, with a float16 for each 32 channels, as its bits. In compiled code."""
+    """``w . x[r]`` for a row of the head, with the bits of a float16 for each 32 channels of int8. In compiled code."""
 
 
 @overload(as_inputs)

@@ -148,7 +148,8 @@ class Pace:
         self._pauses = [SHORTEST] * (most + 1)
         """nanoseconds to wait before trying each number of threads"""
         self._since, self._harm = 0, 0.0
-        """nanoseconds of calls with this number of threads; and what the last few lost, where 1 is what half the threads would lose"""
+        """nanoseconds of calls with this number of threads; and what the last few lost, 1 being what half the threads
+        would lose"""
 
     def after(self, took: int, lost: float) -> None:
         """Take note of a call of so many nanoseconds, and of the share of its time that it lost to late threads."""
