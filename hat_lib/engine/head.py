@@ -130,7 +130,7 @@ def rounded(head, x):
 @overload(dot_scaled)
 def _dot_scaled(w, scale, inputs, r):
     if w.dtype == types.int8:
-        return lambda w, scale, inputs, r: dot_eight(w, scale, inputs[0][r]) * (np.float32(2.0**112) * inputs[1][r])
+        return lambda w, scale, inputs, r: dot_eight(w, scale, inputs[0][r]) * np.float32(2.0**112) * inputs[1][r]
     return lambda w, scale, inputs, r: dot(w, inputs[r])
 
 

@@ -44,9 +44,7 @@ SMALL = {
     "formats": ({"texts": ["addresses"], "capacities": [1.0, 0.7], "tokens": 64}, {"BLOCK": 32}, 6),
     "token_time": ({"capacity": 0.5, "rounds": 1, "steps": 2, "dtype": "fp32"}, {}, 22),
     "self_speculative": (
-        {"capacities": [0.5], "weights": "int8", "dtypes": ["fp32"], "count": 2, "max_new_tokens": 8, "rounds": 1},
-        {},
-        2,
+        {"capacities": [0.5], "dtypes": ["fp32"], "count": 2, "max_new_tokens": 8, "rounds": 1}, {}, 2
     ),
     "published_claims": (
         {"rounds": 1, "steps": 8, "dtype": "fp32", "shape_dtype": "fp32"},
