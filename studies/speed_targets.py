@@ -168,7 +168,7 @@ def _continued(infer: AdaptiveInference, texts: Sequence[str], target: float, ma
     found = {"capacity": made.requested_capacity, "predicted": made.predicted_speedup, "prompts": len(measured)}
     if measured:
         found |= {"measured": statistics.median(measured), "lowest": min(measured), "highest": max(measured)}
-        found |= {"over_hf": statistics.median(over_hf), "realised_capacity": statistics.median(realised)}
+        found |= {"over_hf": statistics.median(over_hf), "realised_capacity": round(statistics.median(realised), 4)}
     return found
 
 
