@@ -191,9 +191,9 @@ def _adds(bits: int, outputs: int, how: str):
 
     def build(context, b, signature, args):
         w, codes, rows, y = data(context, b, signature.args[:4], args[:4])
-        column, scales, places_of_m, next_group, at, counts, factors, totals = args[4:]
+        column, scales, offsets, next_group, at, counts, factors, totals = args[4:]
         integer, n, starts = column.type, size // 4, range(0, outputs // of_byte, size)
-        words, found, offsets = b.gep(w, [b.udiv(column, integer(of_byte))]), [], []
+        words, found, of_totals = b.gep(w, [b.udiv(column, integer(of_byte))]), [], []
         for block in range(GROUP // BLOCK):
             total = b.extract_value(totals, block)
             if how == "avx2" and bits == 4:
@@ -213,9 +213,9 @@ def _adds(bits: int, outputs: int, how: str):
             factor = b.extract_value(factors, block)
             units = [splat(b, b.fmul(factor, F32(unit)), n) for unit in sums[0].units]
             found.append(([s.vectors() for s in sums], units))
-            offsets.append(splat(b, b.fmul(b.sitofp(b.shl(total, I32(OFFSET)), F32), factor), n))
+            of_totals.append(splat(b, b.fmul(b.sitofp(b.shl(total, I32(OFFSET)), F32), factor), n))
 
-        d_at, m_at = b.gep(w, [b.add(scales, column)]), b.gep(w, [b.add(places_of_m, b.mul(column, integer(2)))])
+        d_at, m_at = b.gep(w, [b.add(scales, column)]), b.gep(w, [b.add(offsets, b.mul(column, integer(2)))])
         for k, start in enumerate(starts):
             for j in range(4 * of_byte):
                 output = start // tile * tile * of_byte + tile // 4 * j + start % tile // 4
@@ -230,7 +230,7 @@ def _adds(bits: int, outputs: int, how: str):
                     d = b.uitofp(load(b, places[0], I8, n), s.type)
                     m = b.sitofp(load(b, places[1], I16, n), s.type)
                     # Never two products in one sum: which of them is fused would be the compiler's choice.
-                    blocks = [(v, b.fmul(d, unit)) for v, unit in blocks] + [(m, offset) for offset in offsets]
+                    blocks = [(v, b.fmul(d, unit)) for v, unit in blocks] + [(m, total) for total in of_totals]
                 for block in blocks:
                     s = add_product(b, s, *block)
                 store(b, s, to)

@@ -129,8 +129,7 @@ def head(request):
 def test_shortlist(head, x):
     weights, scale, _ = head
     preview = np.random.default_rng(2).normal(size=OUTPUTS).astype(np.float32)
-    full = np.empty((1, OUTPUTS), np.float32)
-    dots(weights, scale, x[:1], full, 0, OUTPUTS)
+    dots(weights, scale, x[:1], full := np.empty((1, OUTPUTS), np.float32), 0, OUTPUTS)
     for floor in (-0.5, 1.0, 9.0):
         likely = preview >= floor
         for team in (1, 3):
@@ -144,11 +143,9 @@ def test_shortlist(head, x):
 
 def test_head(head, x):
     weights, scale, wide = head
-    found = np.empty((5, OUTPUTS), np.float32)
-    dots(weights, scale, x, found, 0, OUTPUTS)
+    dots(weights, scale, x, found := np.empty((5, OUTPUTS), np.float32), 0, OUTPUTS)
     if weights.dtype == np.int8:  # relative to inputs in sixteen bits
-        unit = np.abs(x).max(1, keepdims=True) / 32767
-        x = np.rint(x / unit) * unit
+        x = np.rint(x / (unit := np.abs(x).max(1, keepdims=True) / 32767)) * unit
     expected = x.astype("f8") @ wide.T
     size = np.abs(x.astype("f8")) @ np.abs(wide).T
     assert (np.abs(found - expected) < 1e-6 * size).all()
@@ -245,8 +242,7 @@ def test_all_instructions_give_the_same_bits_and_those_of_plain_integers(bits):
         found.append(np.zeros((1, outputs), np.float32))
         run(w, gathering(index, x), found[-1])
     assert all(np.array_equal(other, found[0]) for other in found[1:])
-    codes = np.empty(BLOCK, np.int8)
-    scale, _ = encoded(x[0, :13], codes)
+    scale, _ = encoded(x[0, :13], codes := np.empty(BLOCK, np.int8))
     whole = unpacked(w, np.ones(outputs, np.float32)) if bits == 4 else plain_eight(w)
     sums = codes[:13].astype("i8") @ whole[index].astype("i8")
     assert np.allclose(found[0][0], sums * float(scale), rtol=1e-6, atol=0 if bits == 8 else 1e-6 * 2**18 * scale)

@@ -79,8 +79,7 @@ def test_size(monkeypatch, threads, cores, size):
 
 
 def test_pace_leaves_a_thread_out_and_tries_it_again():
-    """Whether calls are short or long, a thread that was too many is tried again after so much time."""
-    for took in (10_000_000, 300_000_000):
+    for took in (10_000_000, 300_000_000):  # calls of one token, and of many
         pace, found, pause = Pace(2), [], -(-LONGEST // took)
         for call in range(1200):
             found.append(pace.threads)
