@@ -251,12 +251,10 @@ class HierarchicalTransformer(Contexts, nn.Module):
         with nullcontext(context.forwards[-1]) if whole else self.begin() as forward:
             self._begin_layers(forward, args, kwargs)
             out = own(*args, **kwargs)
-            forward.in_layers, forward.trace.text, thresholds = False, None, forward.setting.thresholds
-            forward.reading = self._reading(thresholds, forward.trace)
-        if gain := forward.setting.moving:
-            steering.move(forward.cache, forward.trace, thresholds.layer_capacity, gain)
+            forward.in_layers, forward.trace.text = False, None
+            forward.reading = self._reading(forward.setting.thresholds, forward.trace)
         if not whole:
-            self.note(forward.trace)
+            self.end(forward)
         return out
 
     def _begin_layers(self, forward: Forward, args: tuple, kwargs: dict) -> None:
@@ -331,6 +329,11 @@ class HierarchicalTransformer(Contexts, nn.Module):
             scale = np.exp(steering.offsets(cache, trace.batch, start)).repeat(trace.tokens)
             trace.steering = torch.from_numpy(scale).to(real.device)
         return trace
+
+    def end(self, forward: Forward) -> None:
+        """Steer by what a forward ran, and keep its trace."""
+        steering.move(forward.cache, forward.trace, forward.setting.thresholds, forward.setting.moving)
+        self.note(forward.trace)
 
     def note(self, trace: Trace) -> None:
         """Keep the trace of a forward that has ended."""

@@ -32,7 +32,7 @@ from transformers.modeling_outputs import CausalLMOutputWithPast
 from hat_lib.config import HatError
 from hat_lib.decoding import obstacles, steering
 from hat_lib.decoding.choice import choice_of, first_seen, one_by_one
-from hat_lib.engine.arrays import DOWN, FFN, GREEDY, MAX_TOKENS, Choice
+from hat_lib.engine.arrays import DOWN, FFN, GREEDY, MAX_TOKENS, STILL, Choice
 from hat_lib.method.setting import Setting
 from hat_lib.method.trace import Trace
 
@@ -224,21 +224,29 @@ class Decoding:
         """
         b, start, setting = len(ids), cache.get_seq_length(), self.context.setting
         rank, protected = np.minimum(start - first, position), self.hat.config.protected_tokens
-        decoder, gain = self._decoder(setting), setting.moving
-        shares = np.zeros(FFN, np.float32)
-        if gain:
-            shares[:] = np.array(self.hat.site_work) / decoder.channels[:, 0, 0]
-        offset = steering.offsets(cache, b, start) if setting.gain else np.zeros(b, np.float32)
+        decoder, offset = self._decoder(setting), np.zeros(b, np.float32)
+        if setting.gain:
+            offset = steering.offsets(cache, b, start)
         result = decoder.course(
             ids, cache, setting.thresholds, Place(position[:, None], first, (rank < protected)[:, None]), steps, choice,
             unprotected=np.maximum(protected - rank, 0), ended=ended, logits=logits, threads=threads,
-            steering=Steering(offset, gain, setting.thresholds.layer_capacity, steering.LIMIT, shares),
+            steering=self._steering(setting, decoder, offset),
         )  # fmt: skip
-        if gain:
+        if setting.moving:
             steering.set_offsets(cache, start, result.offsets)
         ranks = rank[:, None] + np.arange(result.exits.shape[1])
         self.hat.note(self._trace(setting, ranks, start, cache, decoder, result))
         return result
+
+    def _steering(self, setting: Setting, decoder: Decoder, offset: np.ndarray) -> Steering:
+        if not setting.moving:
+            return STILL._replace(offset=offset)
+        layers, head = self.hat.config.n_layers, self.hat.head_work if setting.thresholds.shortlist else 0.0
+        whole, asked = layers + head, steering.asked_for(setting.thresholds, layers, head)
+        channel = np.array(self.hat.site_work) / decoder.channels[:, 0, 0] / whole
+        read = head / whole / np.array(decoder.weights.head.shape[::-1])
+        shares = (a.astype(np.float32) for a in (np.broadcast_to(channel, FFN), read))
+        return Steering(offset, setting.moving, asked, steering.LIMIT, *shares)
 
     # -- a token at a time, by whatever loop -----------------------------------------------------------
 
@@ -264,7 +272,7 @@ class Decoding:
         with self.hat.begin() as forward:
             forward.last_only = self.call is not None and self.call.last_only
             out = self._original["forward"](*args, **kwargs)
-        self.hat.note(forward.trace)
+        self.hat.end(forward)
         return out
 
     def _step(self, call, setting, input_ids, attention_mask, position_ids, cache, logits_to_keep, **_):
@@ -291,7 +299,7 @@ class Decoding:
             input_ids.numpy(), cache, setting.thresholds, place, scale=scale, logit_rows=logit_rows, threads=threads
         )
         trace = self._trace(setting, rank, start, cache, decoder, result)
-        steering.move(cache, trace, setting.thresholds.layer_capacity, setting.moving)
+        steering.move(cache, trace, setting.thresholds, setting.moving)
         self.hat.note(trace)
         return CausalLMOutputWithPast(logits=result.logits, cache=cache)
 

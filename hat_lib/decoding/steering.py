@@ -1,7 +1,8 @@
 """Steering: thresholds that move while a text is decoded, so that realised capacity matches the request.
 
-A text of another kind than calibration's realises a little more or less than was asked for. Each sequence has an
-offset, and ``exp(offset)`` multiplies the thresholds of its layers. After each forward of ``n`` tokens
+A text of another kind than calibration's realises a little more or less than was asked for: in the layers, and in a
+head whose shortlists are shorter where the model is certain. Each sequence has an offset, and ``exp(offset)``
+multiplies the thresholds of its layers, which make up for the head, too. After each forward of ``n`` tokens
 
     offset += (executed - asked) * (1 - (1 - gain * slope) ** n) / slope
 
@@ -16,9 +17,10 @@ import torch
 from transformers.cache_utils import Cache
 
 from hat_lib.decoding.row_memory import remember, remembered
+from hat_lib.method.thresholds import Thresholds
 from hat_lib.method.trace import Trace
 
-GAIN = 0.2
+GAIN = 0.5
 SLOPE = 0.25
 """on the bundled base: 0.31, 0.24 and 0.09 at capacities of 0.44, 0.61 and 0.82"""
 LIMIT = 1.0
@@ -36,16 +38,24 @@ def set_offsets(cache: Cache, start: int, moved: np.ndarray) -> None:
     remember(cache, "offsets", torch.cat([before, torch.from_numpy(moved)], dim=1))
 
 
-def move(cache: Cache | None, trace: Trace, asked: float, gain: float) -> None:
-    """Move the offsets at the end of a forward, by what it executed beyond ``asked``, a share of the layers' work."""
+def asked_for(thresholds: Thresholds, layers: int, head_work: float) -> float:
+    """The share of a token's routable work that was asked for; the head's, 0 without a shortlist, in layers."""
+    return (layers * thresholds.layer_capacity + head_work * thresholds.head_share) / (layers + head_work)
+
+
+def move(cache: Cache | None, trace: Trace, thresholds: Thresholds, gain: float) -> None:
+    """Move the offsets at the end of a forward, by what it executed beyond what was asked for."""
     if cache is None or not gain:
         return
+    asked = asked_for(thresholds, trace.n_layers, trace.head_work)
     # In numpy: after an engine step the CPU's caches hold nothing of torch, and its operations cost several times more.
     real, protected, depth = (a.cpu().numpy() for a in (trace.real, trace.protected, trace.exit_layer))
     counted = real & ~protected & (depth == trace.n_layers)
     site_share = (trace.site_share if trace.executed is None else trace.executed).cpu().numpy()
     layers, sites = site_share.shape[:2]
-    share = (trace.site_work @ site_share.sum(0).reshape(sites, -1)).reshape(counted.shape) / layers
+    share = (trace.site_work @ site_share.sum(0).reshape(sites, -1)).reshape(counted.shape)
+    head = trace.head_read.nan_to_num(trace.expected_head_share).cpu().numpy()
+    share = (share + trace.head_work * head) / (layers + trace.head_work)
     moved = np.empty(share.shape, np.float32)
     for row, before in enumerate(offsets(cache, trace.batch, trace.start).tolist()):
         now, total, n = before, 0.0, 0

@@ -165,12 +165,13 @@ class Steering(NamedTuple):
 
     offset: ndarray  # [R]; moved
     gain: float  # 0 for none
-    asked: float  # share of the layers' work
+    asked: float  # share of a token's routable work
     limit: float
-    shares: ndarray  # [4], work that one channel of each product stands for, of all in a layer
+    shares: ndarray  # [4], work that one channel of each product stands for, of all that is routable
+    head: ndarray  # [2], the same of a channel of the preview, and of a logit read in full
 
 
-STILL = Steering(np.zeros(MAX_TOKENS, np.float32), 0.0, 0.0, 0.0, np.zeros(FFN, np.float32))
+STILL = Steering(np.zeros(MAX_TOKENS, np.float32), 0.0, 0.0, 0.0, np.zeros(FFN, np.float32), np.zeros(2, np.float32))
 
 
 class Course(NamedTuple):

@@ -86,7 +86,8 @@ def go_on(rows, course, step, r):
     steering, kept = course.steering, course.kept[step]
     if steering.gain > F0:
         if not rows.protected[r] and course.exits[step, r] == kept.shape[1]:
-            moved = steering.offset[r] + (work(kept, r, steering.shares) - steering.asked) * steering.gain
+            ran = work(kept, r, steering.shares) + head_work(course.head[step], r, steering.head)
+            moved = steering.offset[r] + (ran - steering.asked) * steering.gain
             steering.offset[r] = min(max(moved, -steering.limit), steering.limit)
         course.offsets[step, r] = steering.offset[r]
         rows.scale[r] = exp(steering.offset[r])
@@ -97,13 +98,23 @@ def go_on(rows, course, step, r):
 
 @compiled()
 def work(kept, r, shares):
-    """Share of the layers' work that row r ran."""
+    """Work of the layers that row r ran."""
     threads, layers, ran = kept.shape[0], kept.shape[1], F0
     for layer in range(layers):
         for product in range(shares.shape[0]):
             for t in range(threads):
                 ran += shares[product] * np.float32(kept[t, layer, product, r])
-    return ran / np.float32(layers)
+    return ran
+
+
+@compiled()
+def head_work(read, r, shares):
+    """Work of the head that row r ran."""
+    ran = F0
+    for t in range(read.shape[0]):
+        for part in range(shares.shape[0]):
+            ran += shares[part] * np.float32(read[t, part, r])
+    return ran
 
 
 @compiled()

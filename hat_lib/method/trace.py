@@ -70,15 +70,15 @@ class Trace:
     executed: Tensor | None = None  # `site_share`, if it is known as a whole rather than site by site: from the engine
     head_work: float | Tensor = 0.0  # of a head with a shortlist, in units of a layer's; else 0; by column if joined
     expected_head_share: float = 1.0
-    _head: Tensor | None = None  # share of each token, fp32 [B, T]; nan where its logits were not read
+    head_read: Tensor | None = None  # share of each token, fp32 [B, T]; nan where its logits were not read
     _read: tuple[float, int] = (0.0, 0)  # share, summed over the tokens whose logits were read, and their number
 
     def __post_init__(self):
         self.batch, self.tokens = self.real.shape
         if self.exit_layer is None:
             self.exit_layer = torch.full_like(self.real, self.n_layers, dtype=torch.int16)
-        if self._head is None:
-            self._head = torch.full_like(self.real, torch.nan, dtype=torch.float)
+        if self.head_read is None:
+            self.head_read = torch.full_like(self.real, torch.nan, dtype=torch.float)
         # What was decided site by site, for all rows; a row's shares in layers that it did not enter mean nothing.
         shape = self.n_layers, len(self.site_work), self.batch * self.tokens
         self._share = torch.zeros(shape, device=self.real.device)
@@ -124,7 +124,7 @@ class Trace:
         """Record what the head ran: ``[B, n]`` for the last n tokens of each sequence, else for any of them."""
         if share.dim() == 2 and len(share) == self.batch and share.shape[1] <= self.tokens:
             before = self.tokens - share.shape[1]
-            self._head = torch.cat([self._head[:, :before], share.to(self._head.device)], dim=1)
+            self.head_read = torch.cat([self.head_read[:, :before], share.to(self.head_read.device)], dim=1)
             share = share[self.real[:, before:]]
         self._read = self._read[0] + float(share.sum()), self._read[1] + share.numel()
 
@@ -162,7 +162,7 @@ class Trace:
     def head_shares(self) -> Tensor:
         """Executed share of the head, fp32 ``[B, T]``: of a token whose logits were not read, or nobody knows whose
         they were, the mean of those that were read, or else the expected share."""
-        return self._head.nan_to_num(self._read[0] / self._read[1] if self._read[1] else self.expected_head_share)
+        return self.head_read.nan_to_num(self._read[0] / self._read[1] if self._read[1] else self.expected_head_share)
 
     @property
     def head_share(self) -> float:
@@ -213,7 +213,7 @@ class Trace:
             exit_layer=tokens("exit_layer"),
             executed=torch.cat([t.site_share for t in traces], dim=-1),
             masks=masks,
-            _head=tokens("head_shares"),
+            head_read=tokens("head_shares"),
             **{name: columns(name) for name in ("routed", "gated", "corrected", "head_work")},
         )
 

@@ -2,14 +2,14 @@
 nothing. What it remembers of a cache's rows goes along with them, and so do the texts of a random control."""
 
 import pickle
-from contextlib import ExitStack
+from contextlib import ExitStack, nullcontext
 from dataclasses import replace
 
 import numpy as np
 import pytest
 import torch
 from test_transformer import close, stepwise
-from tiny_runs import new_hat
+from tiny_runs import gating, new_hat
 from transformers import DynamicCache
 
 from hat_lib.config import HatError
@@ -48,6 +48,17 @@ def test_converges_to_the_request(factor, ids):
         with hat.steered(0.2):
             steered = decoded(hat, ids)[1][:, 40:].mean()
     assert abs(plain - ASKED) > 0.05 and abs(steered - ASKED) < 0.02
+
+
+@pytest.mark.parametrize("engine", [True, False])
+def test_layers_make_up_for_a_head_that_reads_less_than_expected(engine, ids):
+    hat, found = gating(threshold=30.0, margin=0.0), {}
+    for gain in (0.0, 0.5):
+        with hat.at(ASKED), hat.steered(gain), nullcontext() if engine else hat.reference():
+            hat.lm.generate(ids, max_new_tokens=60, min_new_tokens=60, do_sample=False)
+        found[gain] = hat.trace
+        assert hat.trace.head_share < 0.3  # 0.5 is expected
+    assert abs(found[0.0].capacity - ASKED) > 0.03 and abs(found[0.5].capacity - ASKED) < 0.02
 
 
 def test_engine_equals_reference_and_alone_equals_in_a_batch(ids):
