@@ -1,8 +1,8 @@
 """A question answered: time to the first token and to the last, ``data/results/answers.csv``.
 
-After a prompt of 512 tokens, 64 more are decoded greedily: by plain transformers, by the engine with nothing skipped
-and at a capacity, with the prompt in full or spending by capacity, too. The same beside other processes that each
-occupy a core.
+After prompts of several lengths, for one sequence or several, `ANSWER` tokens are decoded greedily: by plain
+transformers, by the engine with nothing skipped and at a capacity, with the prompt in full or spending by capacity,
+too, and with weights in four bits. The same beside other processes that each occupy a core.
 """
 
 import multiprocessing
@@ -15,23 +15,29 @@ from functools import partial
 from pathlib import Path
 
 import torch
+from torch import Tensor
 
+from hat_lib.contexts import combined
 from hat_lib.decoding.speed import Variant, now, take_turns
 from hat_lib.hat import HierarchicalTransformer
 from hat_lib.method.trace import Trace
 from hat_lib.text.blocks import load_text
-from studies.common import CHECKPOINTS, Machine, machine, markdown, rounded, saved, spread
+from studies.common import CHECKPOINTS, Machine, machine, markdown, over_dense, rounded, saved, spread
 from studies.timing import plain_copy, plain_part
 
-ABOUT = "time to the first and to the last token of an answer, alone and beside busy processes"
+ABOUT = "time to the first and to the last token of an answer, by prompt, sequences and busy processes"
 MINUTES = 12
-KEY = ("base", "busy", "way")
-PROMPT, ANSWER = 512, 64
+KEY = ("base", "prompt", "sequences", "busy", "way")
+POINTS = ((64, 1, 0), (512, 1, 0), (2048, 1, 0), (64, 2, 0), (64, 4, 0), (64, 8, 0), (512, 1, 2))
+"""tokens of a prompt, sequences, busy processes"""
+ANSWER = 32
 
 
 @dataclass(frozen=True)
 class Row(Machine):
     way: str
+    prompt: int  # tokens of each sequence
+    sequences: int
     busy: int  # other processes, each of which occupies a core
     capacity: float  # requested, of new tokens
     realised: float
@@ -39,7 +45,10 @@ class Row(Machine):
     ms: float  # until the last: the median, the fastest and the slowest round
     low: float
     high: float
-    token_ms: float  # between two tokens
+    token_ms: float  # of a token after the first, over all sequences
+    over_dense: float | None  # of those, over our own dense path in the same format, paired by round: median,
+    over_dense_low: float | None  # lowest and highest
+    over_dense_high: float | None
     rounds: int
 
 
@@ -48,48 +57,59 @@ def rows(
     *,
     checkpoint: Path = CHECKPOINTS / "default",
     capacity: float = 0.6,
-    busy: int = 2,
-    rounds: int = 5,
+    rounds: int = 2,
     dtype: str = "fp32",
 ) -> Iterator[Row]:
-    """Rows for each way, alone and beside up to ``busy`` processes."""
+    """Rows for each way at each of `POINTS`."""
     hat = HierarchicalTransformer.from_pretrained(checkpoint, dtype=dtype)
-    plain, at = plain_copy(hat), partial(hat.at, capacity, 0.0)
-    blocks = load_text("docstrings", hat.base.tokenizer, max_tokens=PROMPT)
-    ids = torch.tensor([sum(blocks["input_ids"], [])])[:, :PROMPT].to(hat.base.device)
+    plain, at, four = plain_copy(hat), partial(hat.at, capacity, 0.0), partial(hat.changed, weight_format="q4")
+    blocks = load_text("docstrings", hat.base.tokenizer, max_tokens=max(n * prompt for prompt, n, _ in POINTS))
+    text = torch.tensor(sum(blocks["input_ids"], [])).to(hat.base.device)
     end, gated = f"at {capacity:g}", {"gate_prompt": True}
     ways = {"plain transformers": (plain, nullcontext, {}), "dense": (hat, hat.dense, {}), end: (hat, at, {})}
+    ways |= {
+        "dense, q4": (hat, partial(combined, hat.dense, four), {}),
+        f"{end}, q4": (hat, partial(combined, at, four), {}),
+    }
     ways[f"{end}, prompt too"] = hat, at, gated
 
-    def generate(way: str, tokens: int) -> None:
+    def generate(way: str, ids: Tensor, tokens: int) -> None:
         model, _, more = ways[way]
-        lm, how = plain_part(model), {"do_sample": False, "pad_token_id": 0, "eos_token_id": None}
+        lm, how = plain_part(model), {"do_sample": False, "pad_token_id": 0, "eos_token_id": -1}  # no token ends it
         lm.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=tokens, **how, **more)
 
-    def ms(tokens: int, v: Variant) -> float:
+    def ms(ids: Tensor, tokens: int, v: Variant) -> float:
         began = now(v.model)
-        generate(v.name, tokens)
+        generate(v.name, ids, tokens)
         return 1e3 * (now(v.model) - began)
 
-    for others in range(busy + 1):
-        if all((hat.base.name, others, way) in done for way in ways):
+    for prompt, sequences, busy in POINTS:
+        if all((hat.base.name, prompt, sequences, busy, way) in done for way in ways):
             continue
+        ids = text[: sequences * prompt].view(sequences, prompt)
         first, whole = ([Variant(way, model, around) for way, (model, around, _) in ways.items()] for _ in range(2))
-        with processes(others):
-            take_turns(whole, partial(ms, ANSWER), rounds)
-            take_turns(first, partial(ms, 1), rounds)
+        with processes(busy):
+            take_turns(whole, partial(ms, ids, ANSWER), rounds)
+            take_turns(first, partial(ms, ids, 1), rounds)
+        # Of the tokens after the first, by round.
+        after = {all_of_it.name: [t - statistics.median(one.times) for t in all_of_it.times]
+                 for one, all_of_it in zip(first, whole, strict=True)}  # fmt: skip
         for one, all_of_it in zip(first, whole, strict=True):
             model, around, _ = ways[one.name]
             asked = realised = 1.0
             if model is hat:
                 with around(), hat.collect() as states:
                     asked = hat.capacity
-                    generate(one.name, ANSWER)
+                    generate(one.name, ids, ANSWER)
                 realised = Trace.cat(states[1:]).capacity
-            start = statistics.median(one.times)
-            columns = machine(hat.base) | spread(all_of_it.times) | {"way": one.name, "busy": others, "first_ms": start}
+            dense = "dense, q4" if one.name.endswith("q4") else "dense"
+            columns = machine(hat.base) | spread(all_of_it.times) | {"way": one.name}
+            columns |= {"first_ms": statistics.median(one.times)} | over_dense(after[dense], after[one.name])
+            if model is not hat:
+                columns |= dict.fromkeys(over_dense([1], [1]))
             columns |= {"capacity": asked, "realised": realised, "rounds": rounds}
-            yield rounded(Row, **columns, token_ms=(statistics.median(all_of_it.times) - start) / (ANSWER - 1))
+            columns |= {"prompt": prompt, "sequences": sequences, "busy": busy}
+            yield rounded(Row, **columns, token_ms=statistics.median(after[one.name]) / (ANSWER - 1) / sequences)
 
 
 @contextmanager
@@ -113,9 +133,9 @@ def _work() -> None:
 
 
 def tables(results: Path | None = None) -> dict[str, str]:
-    header = ["busy processes", "way", "realised", "first token, ms", "last token, ms", "ms a token"]
-    lines = []
-    for r in saved("answers", results).itertuples():
-        whole = f"{r.ms:.0f} ({r.low:.0f} to {r.high:.0f})"
-        lines.append([r.busy, r.way, f"{r.realised:.2f}", f"{r.first_ms:.0f}", whole, f"{r.token_ms:.1f}"])
-    return {"answers": markdown(header, lines)}
+    """A line for each point, of each way the time to the first token and of every other."""
+    table, lines = saved("answers", results), []
+    for point, rows in table.groupby(["busy", "sequences", "prompt"]):
+        cells = {r.way: f"{r.first_ms:.0f}, {r.token_ms:.1f}" for r in rows.itertuples()}
+        lines.append([*point[::-1], *map(cells.get, table["way"].unique())])
+    return {"answers": markdown(["prompt", "sequences", "busy processes", *table["way"].unique()], lines)}

@@ -1,4 +1,4 @@
-"""What the studies share: times of turns, Markdown tables, and names from the library."""
+"""What the studies share: formats, times of turns, Markdown tables, and names from the library."""
 
 import statistics
 from collections.abc import Iterable, Sequence
@@ -13,6 +13,10 @@ from hat_lib.rows import rounded
 __all__ = ["CHECKPOINTS", "TEXTS", "Machine", "Perplexity", "machine", "perplexity", "rounded", "saved"]
 
 
+FORMATS = {"float32": ("fp32", "base"), "bfloat16": ("bf16", "base"), "int8": ("fp32", "int8"), "q4": ("fp32", "q4")}
+"""weights that are read -> dtype of the base, and format of the engine's copy"""
+
+
 def spread(turns: Sequence[float]) -> dict[str, float]:
     """Times of several turns as columns: median, lowest and highest."""
     return {"ms": statistics.median(turns), "low": min(turns), "high": max(turns)}
@@ -21,6 +25,12 @@ def spread(turns: Sequence[float]) -> dict[str, float]:
 def ratios(slow: Sequence[float], fast: Sequence[float]) -> list[float]:
     """slow / fast, paired by round."""
     return [a / b for a, b in zip(slow, fast, strict=True)]
+
+
+def over_dense(dense: Sequence[float], turns: Sequence[float]) -> dict[str, float]:
+    """Speed over our own dense path, paired by round, as columns: median, lowest and highest."""
+    found = ratios(dense, turns)
+    return {"over_dense": statistics.median(found), "over_dense_low": min(found), "over_dense_high": max(found)}
 
 
 def markdown(header: Sequence[str], rows: Iterable[Sequence]) -> str:

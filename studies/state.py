@@ -1,7 +1,7 @@
 """Which results are stale: a digest of the code and the data that a file of results was made from, beside the file.
 
-Only what can change a row counts: the modules that a study imports, but for what draws; checkpoints, texts, and the
-files that it reads. Comments, docstrings and blank lines do not.
+Only what can change a row counts: the modules that a study imports, but for what draws; checkpoints and texts.
+Comments, docstrings and blank lines do not.
 """
 
 import ast
@@ -19,9 +19,9 @@ from hat_lib.evaluation.equal_work import CHECKPOINTS, adapter_digest
 FILE = "made_from.json"
 
 
-def is_stale(name: str, reads: tuple[str, ...], results: Path) -> bool:
+def is_stale(name: str, results: Path) -> bool:
     """Whether ``results/NAME.csv`` was made from other code or data than these, or nobody knows from which."""
-    return known(results).get(name) != digest(name, reads, results)
+    return known(results).get(name) != digest(name)
 
 
 def remember(file: str, found: str | None, results: Path) -> None:
@@ -31,13 +31,11 @@ def remember(file: str, found: str | None, results: Path) -> None:
     (results / FILE).write_text(text + "\n", encoding="utf-8")
 
 
-def digest(name: str, reads: tuple[str, ...], results: Path) -> str:
+def digest(name: str) -> str:
     """SHA-256 (hex, its beginning) of what a file of results is made from."""
     found = hashlib.sha256(_shared())
     for path in sorted(_with_imports(name)):
         found.update(_code(path))
-    for path in (results / f"{other}.csv" for other in reads):
-        found.update(path.read_bytes() if path.is_file() else b"")
     return found.hexdigest()[:16]
 
 

@@ -46,26 +46,9 @@ def plain_copy(hat: HierarchicalTransformer) -> LlamaForCausalLM:
 def forced(
     hat: HierarchicalTransformer, capacities: Iterable[float], tokens: int
 ) -> dict[float, Callable[[], AbstractContextManager]]:
-    """Capacity -> a function that makes a context in which ``hat`` executes about that share of a text of so many
-    ``tokens``, the same at each site. Routers of whole tokens get random weights: untrained, they tell no tokens apart.
-    """
-    generator, layers, whole = torch.Generator().manual_seed(0), hat.config.n_layers, hat.grain.logits
-    for router in hat.routers.values() if whole else ():
-        torch.nn.init.normal_(router.weight, generator=generator)
-    text = torch.randint(0, 256, (1, tokens), generator=generator).to(hat.base.device)
+    """Capacity -> a function that makes a context in which ``hat``, of the channel grain, executes about that share of
+    a text of so many ``tokens``, the same at each site."""
+    text = torch.randint(0, 256, (1, tokens), generator=torch.Generator().manual_seed(0)).to(hat.base.device)
     quantiles = score_quantiles(hat, [text], progress=False)
-    shares = {c: (c * layers - 1) / (layers - 1) if whole else c for c in capacities if c < 1}  # layer 0 always runs
-    policies = {c: hat.threshold_policy(quantiles.thresholds(share)) for c, share in shares.items()}
+    policies = {c: hat.threshold_policy(quantiles.thresholds(c)) for c in capacities if c < 1}
     return {c: partial(hat.using, policy) for c, policy in policies.items()} | {1.0: hat.dense}
-
-
-@torch.inference_mode()
-def forced_exits(hat: HierarchicalTransformer, ids: Tensor, shares: Iterable[float]) -> list[float]:
-    """Thresholds at which about so many of the tokens ``ids [1, T]`` that reach each exit leave there; its gates get
-    random weights, the same ones each time."""
-    generator, found = torch.Generator().manual_seed(1), []
-    hidden = hat.lm.model(ids, use_cache=False, output_hidden_states=True).hidden_states
-    for (depth, gate), share in zip(hat.gates.items(), shares, strict=True):
-        torch.nn.init.normal_(gate.gate.weight, generator=generator)
-        found.append(float(gate.score(hidden[int(depth)][0]).quantile(1 - share)))
-    return found

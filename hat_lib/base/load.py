@@ -91,6 +91,9 @@ def load_base(name: str | Path = BUNDLED, *, dtype=None, device=None, device_map
     name = str(name)
     device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
     dtype = default_dtype(device) if dtype in (None, "auto") else parse_dtype(dtype)
+    if dtype == torch.bfloat16 and default_dtype(device) != dtype:
+        slow = f"this {device.type} does not compute in bf16: a prompt takes about twice as long as in fp32 or 'auto'"
+        warnings.warn(slow, stacklevel=2)
     spread = {} if device_map is None else {"device_map": device_map, "offload_folder": offload_folder}
     if spread and (dtype == torch.float16 or name in SHAPES):
         raise HatError("a device map is for bases in fp32 or bf16 that are loaded from files")

@@ -7,7 +7,7 @@
 export function mount(root, host) {
   root.classList.add("hat-play");
   let facts = null, texts = null, forced = null, cells = [], asked = 0;
-  const view = { at: 4, token: 0, layer: 0, other: null, guess: new Map(), shown: false };
+  const view = { at: 4, token: 0, layer: 0, other: null, tipped: null, guess: new Map(), shown: false };
 
   // -- the screen ------------------------------------------------------------------------------------------
 
@@ -79,13 +79,6 @@ export function mount(root, host) {
     return facts.colours[Math.round(Math.min(1, Math.max(0, at)) * (facts.colours.length - 1))];
   }
 
-  /** The highest capacity at which the likeliest next token is not the base's; null if there is none. */
-  function tips(token) {
-    const best = facts.steps.map(s => s.next[token][0][0]);
-    const at = best.findIndex(first => first !== best[0]);
-    return at < 0 ? null : facts.steps[at].capacity;
-  }
-
   // -- drawing ---------------------------------------------------------------------------------------------
 
   function drawNumbers() {
@@ -93,8 +86,8 @@ export function mount(root, host) {
     number.textContent = now.capacity.toFixed(2);
     slider.setAttribute("aria-valuetext", `capacity ${now.capacity.toFixed(2)}`);
     numbers.replaceChildren();
-    const between = facts.curves.some(([, capacity]) => capacity === now.capacity) ? "" : "about ";
-    const costs = namesOf(facts).map(name => `${between}${signed(measured(facts.curves, name, now.capacity))} (${name})`);
+    const about = name => facts.curves.some(([text, capacity]) => text === name && capacity === now.capacity) ? "" : "about ";
+    const costs = namesOf(facts).map(name => `${about(name)}${signed(measured(facts.curves, name, now.capacity))} (${name})`);
     const rows = [["work on this prompt", `${percent(now.work)} of the base's, protected tokens included`],
       ["perplexity over the base's", dense ? "none" : costs.join(", ") || "not measured"],
       ["speed", facts.steps[view.at].speed || `${(1 / now.work).toFixed(2)}x, if time followed the work`]];
@@ -112,7 +105,7 @@ export function mount(root, host) {
     bar.append(` ${percent(scale[1])}`);
     element("span", "", "struck through: protected, runs in full", legend);
     if (facts.shares.includes(LEFT)) element("span", "", "blank: the token had left", legend);
-    element("span", "", "tips: the capacity at which the next token changes", legend);
+    element("span", "", "tips: the capacity at which the next token changes (*: lower down it is the base's again)", legend);
   }
 
   function buildMap() {
@@ -125,12 +118,12 @@ export function mount(root, host) {
       element("i", "", `${layer}`, axis).style.left = `${100 * (layer + 0.5) / facts.shape[2]}%`;
     element("em", "", "tips", head);
     facts.tokens.forEach((token, t) => {
-      const row = element("div", "hat-row", "", map), at = tips(t);
+      const row = element("div", "hat-row", "", map), [at, back] = tips(facts, t);
       row.setAttribute("role", "option");
       row.id = `hat-${root.dataset.id ??= Math.random().toString(36).slice(2)}-${t}`;
       element("b", "", visible(token.text) || "·", row);
       element("span", "", "", row);
-      element("em", "", at === null ? "–" : at.toFixed(2), row);
+      element("em", "", at === null ? "–" : at.toFixed(2) + (back === null ? "" : "*"), row);
     });
     const canvas = element("canvas", "", "", map);
     canvas.setAttribute("aria-hidden", "true");
@@ -154,11 +147,12 @@ export function mount(root, host) {
   }
 
   function panel(token, title) {
-    const made = element("section", "hat-panel", "", panels), now = step(), [base] = facts.steps, at = tips(token);
+    const made = element("section", "hat-panel", "", panels), now = step(), [base] = facts.steps, [at, back] = tips(facts, token);
     element("h4", "", `${title}${quoted(facts.tokens[token].text)}`, made);
     const unsure = Math.round(Math.exp(facts.tokens[token].entropy)).toLocaleString("en");
     const lines = [facts.tokens[token].protected ? "Protected: it runs in full at every capacity." :
-      at === null ? "Its likeliest next token never changes." : `Its likeliest next token changes at ${at.toFixed(2)}.`,
+      at === null ? "Its likeliest next token never changes." : `Its likeliest next token changes at ${at.toFixed(2)}`
+        + (back === null ? "." : `, and at ${back.toFixed(2)} it is the base's again.`),
       `The base is as unsure of what comes next as among ${unsure} equally likely tokens; skipping changes that by ${now.kl[token].toFixed(3)} nats (KL).`];
     lines.forEach(line => element("p", "", line, made));
     const table = element("table", "", "", made), head = element("tr", "", "", element("thead", "", "", table));
@@ -220,7 +214,7 @@ export function mount(root, host) {
       const read = facts.megabytes * text.values.reduce((sum, share) => sum + share, 0) / 1000;
       element("h4", "", dense ? "goes on, dense" : `goes on at ${facts.steps[view.at].capacity.toFixed(2)}`, box);
       const apart = text.mark === null ? "the same text" : `first differs at token ${text.mark + 1}`;
-      element("p", "hat-faint", `${read.toFixed(1)} GB of ${facts.dtype} weights read${dense ? "" : `; ${apart}`}`, box);
+      element("p", "hat-faint", `${read.toFixed(1)} GB of ${facts.weights} weights read${dense ? "" : `; ${apart}`}`, box);
       const line = element("p", "hat-line", "", box);
       text.tokens.forEach((token, i) => {
         const span = element(host.ask ? "button" : "span", i === text.mark ? "hat-token hat-differs" : "hat-token", visible(token), line);
@@ -232,9 +226,15 @@ export function mount(root, host) {
     }
   }
 
+  function drawTip() {
+    const at = view.tipped;
+    tip.hidden = !at;
+    if (at) tip.textContent = `${quoted(facts.tokens[at.token].text)}, layer ${at.layer}: ${percent(layerShare(at.token, at.layer))}`;
+  }
+
   function draw() {
     if (!facts) return;
-    for (const part of [drawNumbers, drawMap, drawPanels, drawTexts]) part();
+    for (const part of [drawNumbers, drawMap, drawPanels, drawTexts, drawTip]) part();
     drawPrice(price, facts, step(), view);
   }
 
@@ -243,7 +243,7 @@ export function mount(root, host) {
   function take(block) {
     facts = unpack(block);
     texts = facts.texts ?? null;
-    [cells, forced, view.other] = [[], null, null];
+    [cells, forced, view.other, view.tipped] = [[], null, null, null];
     view.token = Math.min(view.token || Math.floor(facts.tokens.length / 2), facts.tokens.length - 1);
     view.at = Math.min(view.at, facts.steps.length - 1);
     slider.max = facts.steps.length - 1;
@@ -349,18 +349,18 @@ export function mount(root, host) {
   relative.addEventListener("change", draw);
   map.addEventListener("pointermove", event => {
     const at = facts && spot(event);
-    tip.hidden = !at || at.layer === null;
+    view.tipped = at && at.layer !== null ? at : null;
+    drawTip();
     if (!at) return;
     if (view.other !== at.token) {
       view.other = at.token;
       drawPanels();
     }
     if (tip.hidden) return;
-    tip.textContent = `${quoted(facts.tokens[at.token].text)}, layer ${at.layer}: ${percent(layerShare(at.token, at.layer))}`;
     const frame = root.getBoundingClientRect(), x = event.clientX - frame.left, far = x > frame.width / 2;
     Object.assign(tip.style, { transform: far ? "translateX(-100%)" : "", left: `${x + (far ? -12 : 14)}px`, top: `${event.clientY - frame.top + 16}px` });
   });
-  map.addEventListener("pointerleave", () => { tip.hidden = true; });
+  map.addEventListener("pointerleave", () => { view.tipped = null; drawTip(); });
   map.addEventListener("click", event => {
     const at = spot(event);
     if (at) pick(at.token, at.layer ?? view.layer);

@@ -75,6 +75,14 @@ function cellsOn(canvas, columns, rows, height, paint) {
     }
 }
 
+/** The highest capacity at which a token's likeliest next one is not the base's, and the next at which it is again; null
+ *  where there is none. */
+function tips(facts, token) {
+  const best = facts.steps.map(step => step.next[token][0][0]), capacity = at => facts.steps[at]?.capacity ?? null;
+  const at = best.findIndex(first => first !== best[0]), back = best.findIndex((first, i) => i > at && first === best[0]);
+  return at < 0 ? [null, null] : [capacity(at), capacity(back)];
+}
+
 const namesOf = facts => [...new Set(facts.curves.map(([text]) => text))];
 
 /** Perplexity over the base's, between measured capacities by a straight line in its logarithm. */

@@ -27,6 +27,8 @@ NEW_TOKENS = 24
 MOST = 128
 """tokens of a prompt; a map of more would be unreadable"""
 WHOLE, LEFT = 250, 255  # a share of 100 %, and a layer that a token did not enter
+BYTES = {"int8": 1, "q4": 0.5 + 3 / 32}
+"""of a weight in fewer bits than the base's, with its part of its group's scale"""
 MATRICES = {"qkv": "q | k | v", "o": "o", "gate_up": "gate | up", "down": "down", "ffn": "FFN"}
 """site -> the matrices behind it"""
 PRESETS = json.loads(files("hat_lib.workbook").joinpath("presets.json").read_text(encoding="utf-8"))
@@ -93,8 +95,8 @@ class Screen:
             "words": _words(hat, found),
             "steps": [_step(table) | {"speed": speed} for table, speed in zip(found, _speeds(hat), strict=True)],
             "curves": [[p.text, p.capacity, p.increase, p.low, p.high] for p in hat.prices],
-            "megabytes": weights * hat.lm.dtype.itemsize / 1e6,  # that a dense token reads, with the head
-            "dtype": str(hat.lm.dtype).removeprefix("torch."),
+            "megabytes": weights * BYTES.get(hat.weight_format, hat.lm.dtype.itemsize) / 1e6,  # read by a dense token
+            "weights": _weights(hat),
             "colours": [colours(at)[0] for at in np.linspace(0, 1, 64)],
         }, found  # fmt: skip
 
@@ -152,18 +154,27 @@ def _step(found: TokenTable) -> dict:
     }
 
 
+def _weights(hat: HierarchicalTransformer) -> str:
+    """The format of the weights that decoding reads."""
+    return str(hat.lm.dtype).removeprefix("torch.") if hat.weight_format == "base" else hat.weight_format
+
+
 def _speeds(hat: HierarchicalTransformer) -> list[str]:
-    """What is known of the speed at each capacity: of the channel grain, on the bases of `studies.decode`."""
+    """What is known of the speed at each capacity: of the channel grain on the base of `studies.frontier`, with weights
+    in the same format; "about" between measured capacities."""
     try:
-        rows = results_table("decode").query("way == 'engine' and sequences == 1 and weights == dtype")
+        rows = results_table("frontier").query("way == 'engine'").sort_values("capacity")
     except HatError:  # a data folder of one's own
         return [""] * len(CAPACITIES)
-    rows = rows[rows["base"] == hat.base.name].sort_values("capacity")
+    rows = rows[(rows["base"] == hat.base.name) & (rows["weights"] == _weights(hat))]
     if rows.empty or hat.config.granularity != "channel":
         return [""] * len(CAPACITIES)
     over = [np.interp(CAPACITIES, rows["capacity"], rows[name]) for name in ("over_dense", "over_hf")]
-    where = "{threads:.0f} threads of a CPU, {dtype}".format(**rows.iloc[0])
-    return [f"about {dense:.2f}x dense, {hf:.2f}x transformers ({where})" for dense, hf in zip(*over, strict=True)]
+    about = ["" if capacity in set(rows["capacity"]) else "about " for capacity in CAPACITIES]
+    where = "{threads:.0f} threads of a CPU, {weights}".format(**rows.iloc[0])
+    return [
+        f"{a}{dense:.2f}x dense, {hf:.2f}x transformers ({where})" for a, dense, hf in zip(about, *over, strict=True)
+    ]
 
 
 def _forced(hat: HierarchicalTransformer, cells: Sequence[Sequence[int]]):

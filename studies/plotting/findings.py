@@ -14,6 +14,7 @@ from hat_lib.evaluation.controls import EQUAL
 from hat_lib.evaluation.intervals import outcome
 from hat_lib.plotting import style
 from hat_lib.plotting.style import BLUE, BROWN, COST, GREEN, GREY, ORANGE, PURPLE, SKY, WORK, draws, entry
+from studies.claims import PROMISED
 from studies.plotting import shared
 from studies.plotting.shared import MOST, PUBLISHED
 
@@ -37,9 +38,6 @@ CONTROLS = {  # in `beside_controls`: series, name, capacity of the point that b
 }
 EXITS = {"trained": (GREEN, "D", "exits chosen by the gates"), "random_exits": (BROWN, "v", "as many at random")}
 VERDICTS = {"kept": (BLUE, "o"), "open": (GREY, "D"), "missed": (ORANGE, "s")}
-FORMATS = ((BLUE, "o", "-"), (GREEN, "D", "--"), (BROWN, "P", ":"))
-MEASURABLE = 1e-6
-"""nats: a smaller divergence is rounding"""
 KINDS = {  # in `divergence`
     "untrained": ("untrained", ORANGE, "s", "--"),
     "uncorrected": ("trained, without corrections", GREY, "X", ":"),
@@ -62,15 +60,16 @@ def rivals(quality: pd.DataFrame) -> pd.DataFrame:
     return others[(others["model_share"] - others["model_share_of_trained"]).abs() <= EQUAL + 5e-6]  # rounded
 
 
-def kept(quality: pd.DataFrame, promise: pd.DataFrame, by: str = "capacity") -> pd.DataFrame:
-    """The trained rows of `studies.quality` without exits, beside the claims of `studies.published_claims`.
+def kept(quality: pd.DataFrame, by: str = "capacity") -> pd.DataFrame:
+    """The trained rows of `studies.quality` without exits, beside the claims.
 
     Adds the columns ``promised``, the increase interpolated between claimed capacities, and ``kept``, an `outcome`. A
     row is judged ``by`` its requested capacity, or by the ``"realised"`` one; below the claimed ones it is left out.
     """
-    bounds, rows = _bounds(promise), _dial(quality, "trained")
-    rows = rows[rows[by] >= bounds["capacity"].min()]
-    rows = rows.assign(promised=np.interp(rows[by], bounds["capacity"], bounds["promised_increase"]))
+    capacities, bounds = zip(*sorted((c, increase) for c, (_, increase) in PROMISED.items()), strict=True)
+    rows = _dial(quality, "trained")
+    rows = rows[rows[by] >= capacities[0]]
+    rows = rows.assign(promised=np.interp(rows[by], capacities, bounds))
     judged = rows[[*COST[1:], "promised"]].to_numpy()
     return rows.assign(kept=[outcome(low, high, at_most=bound) for low, high, bound in judged])
 
@@ -92,14 +91,14 @@ def machine(rows: pd.DataFrame) -> str:
 
 
 @draws()
-def promised(quality: pd.DataFrame, promise: pd.DataFrame) -> Figure:
+def promised(quality: pd.DataFrame) -> Figure:
     """Increase in perplexity by realised capacity, channel grain, beside the published claim; a panel for each text of
-    `READ`. Tables as for `kept`."""
-    bounds, lines = _bounds(promise), {"trained": kept(quality, promise), "untrained": _dial(quality, "untrained")}
+    `READ`."""
+    lines = {"trained": kept(quality), "untrained": _dial(quality, "untrained")}
     fig, axes = style.panels(len(READ), height=3.5, width=8.6, sharey=True)
     for ax, (text, title) in zip(axes, READ.items(), strict=True):
         shared.increases(ax, [0, 1, 3, 10, 30, 100], "capacity that was realised", 0, 80)
-        ax.plot(bounds["capacity"], 100 * bounds["promised_increase"], ":", **PUBLISHED)
+        ax.plot([*PROMISED], [100 * increase for _, increase in PROMISED.values()], ":", **PUBLISHED)
         for (name, rows), (colour, marker, line) in zip(lines.items(), TRAINED, strict=True):
             rows = rows[(rows["granularity"] == "channel") & (rows["text"] == text)]
             shared.costs(ax, rows["realised"], rows[COST], colour, marker, line)
@@ -186,41 +185,6 @@ def divergence(table: pd.DataFrame) -> Figure:
         ax.set(title=text, xlabel=WORK, ylabel="KL from the base, nats a token" * (text == texts[0]))
     style.legend_below(fig, [entry(label, *series) for label, *series in kinds.values()], ncols=4)
     return fig
-
-
-@draws("granularity", "text", "variant", "exit_rate", "tokens", "model_share", "kl")
-def over_time(table: pd.DataFrame, decode: pd.DataFrame) -> Figure:
-    """KL divergence from the base against the time of a token in the engine: each way of skipping on docstrings, at the
-    time that its work takes in the base's format, and the trained model as it was timed in each format. ``table`` is
-    that of `studies.quality`, ``decode`` that of `studies.decode`."""
-    timed = decode[(decode["base"] == "bundled") & (decode["way"] == "engine") & (decode["sequences"] == 1)]
-    own = timed[timed["weights"] == timed["weights"].iloc[0]]
-    line = np.poly1d(np.polyfit(1 / own["ideal"], own["ms"], 1))
-    table = table[(table["granularity"] == "channel") & (table["text"] == "docstrings") & (table["exit_rate"] == 0)]
-    table = table.sort_values("tokens").drop_duplicates(["variant", "capacity"], keep="last")
-    kinds = {k: series for k, series in KINDS.items() if k != "fine_tuned" and k in set(table["variant"])}
-    fig, (left, right) = style.panels(2, height=3.4, width=7.6)
-    for kind, (_, colour, marker, dashes) in kinds.items():
-        rows = table[table["variant"] == kind].sort_values("model_share")
-        left.plot(line(rows["model_share"]), rows["kl"], color=colour, marker=marker, linestyle=dashes, markersize=4)
-    left.set(title=f"docstrings, {own['weights'].iloc[0]}", ylabel="KL from the base, nats a token")
-    formats = dict(zip(timed["weights"].unique(), FORMATS, strict=False))  # the first is that of the left panel
-    for weights, (colour, marker, dashes) in formats.items():
-        rows = timed[(timed["weights"] == weights) & (timed["kl"] > MEASURABLE)].sort_values("capacity")
-        right.plot(rows["ms"], rows["kl"], color=colour, marker=marker, linestyle=dashes, markersize=4)
-    right.set(title=f"trained, {', '.join(formats)}")
-    for ax in (left, right):
-        ax.set(yscale="log", xlabel="ms a token")
-    others = {f"trained, {name}": series for name, series in list(formats.items())[1:]}
-    named = {label: series for label, *series in kinds.values()} | others
-    style.legend_below(fig, [entry(label, *series) for label, series in named.items()], ncols=4)
-    return fig
-
-
-def _bounds(promise: pd.DataFrame) -> pd.DataFrame:
-    bounds = promise.dropna(subset="promised_increase").drop_duplicates("capacity").sort_values("capacity")
-    style.check_table(bounds, "promised_increase")
-    return bounds
 
 
 def _nearest(rows: pd.DataFrame, capacity: float) -> pd.Series:

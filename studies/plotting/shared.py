@@ -14,7 +14,8 @@ from hat_lib.plotting.style import BLUE, GREEN, ORANGE, PURPLE
 SERIES = [(BLUE, "o"), (ORANGE, "s"), (GREEN, "D"), (PURPLE, "v")]
 GRAINS = {"channel": (BLUE, "o"), "token": (ORANGE, "s")}
 PUBLISHED = {"color": "black", "marker": "D", "markersize": 8, "markerfacecolor": "none", "zorder": 5}
-BASES = {"bundled": "bundled base, 135M", "random:tinyllama": "TinyLlama's shape, random weights"}
+BASES = {"bundled": "bundled base, 135M", "random:tinyllama": "TinyLlama's shape",
+         "random:llama-3.2-1b": "Llama-3.2-1B's shape", "random:qwen3-0.6b": "Qwen3-0.6B's shape"}  # fmt: skip
 MOST = 1000.0  # per cent; a larger increase is drawn as a triangle at the upper edge
 
 

@@ -1,21 +1,14 @@
-"""Figures of speed and what it costs: targets, self-speculative decoding, claims beside what was measured.
-
-Solid lines are speed over plain transformers, dashed lines over our own dense path; dotted lines are what the work
-alone would give. A hollow marker is a number not measured here: a claim, or an ideal. A table has the fields of the
-study that the figure is named after; `QUALITY` is the increase in perplexity and its interval.
-"""
+"""Figures of speed and what it costs. A table has the fields of the study that the figure is named after."""
 
 import numpy as np
 import pandas as pd
 from matplotlib.figure import Figure
 
 from hat_lib.plotting import style
-from hat_lib.plotting.style import BLUE, GREY, ORANGE, PERCENT, draws, entry
+from hat_lib.plotting.style import BLUE, GREEN, GREY, ORANGE, PURPLE, draws, entry
 from studies.plotting import shared
-from studies.plotting.shared import GRAINS, SERIES
+from studies.plotting.shared import MOST, SERIES
 
-KINDS = {"decode_hf": ("-", "over plain transformers"), "decode_dense": ("--", "over our own dense path")}
-CLAIM = ("base", "granularity", "capacity", "exit_rate", "promised_speedup", "promised_increase", *KINDS)
 LABEL = {"textcoords": "offset points", "fontsize": 8, "zorder": 4, "ha": "right",
          "bbox": {"facecolor": "white", "edgecolor": "none", "pad": 0.5}}  # fmt: skip
 TIMES = {
@@ -23,8 +16,13 @@ TIMES = {
     "ms_hf": "plain transformers",
     "ms_early_exit": "transformers' early-exit drafts",
 }
-QUALITY = ["docstrings", "docstrings_low", "docstrings_high"]
 TICKS = [0, 1, 3, 10, 30, 100, 300, shared.MOST]
+READ = ("addresses", "docstrings", "encyclopedia")
+FRONTIER = {"engine": ("our engine", "o", "-"), "teal": ("TEAL", "s", "--"), "removal": ("layers removed", "P", ":"),
+            "drafts": ("self-speculation", "*", ""), "hf": ("plain transformers", "X", ""),
+            "llama.cpp": ("llama.cpp", "D", "")}  # fmt: skip
+COLOURS = {"float32": BLUE, "bfloat16": ORANGE, "int8": GREEN, "q4": PURPLE}
+EXACT = 1e-4  # nats a token; less is drawn there
 PRODUCTS = ("qkv", "o", "gate_up", "down", "head")
 BESIDE, INSIDE = {"textcoords": "offset points"}, {"ha": "center", "va": "center", "fontsize": 9}
 
@@ -58,7 +56,7 @@ def decode(table: pd.DataFrame) -> Figure:
     slowest and fastest rounds, and horizontal lines that decode densely."""
     engine, flat = table[table["way"] == "engine"], {"hf": "plain transformers", "reference": "reference path"}
     all_series = dict(zip(engine["weights"].unique(), SERIES, strict=False))
-    fig, panels = shared.panels_by(table, "base", 3.6, 7.6, sharey=False)
+    fig, panels = shared.panels_by(table, "base", 3.6, 11.0, sharey=False)
     for rows, ax in panels:
         for weights, part in rows[rows["way"] == "engine"].sort_values("realised").groupby("weights"):
             colour, marker = all_series[weights]
@@ -79,6 +77,35 @@ def decode(table: pd.DataFrame) -> Figure:
     return fig
 
 
+@draws("way", "weights", "capacity", "ms", "kl", *READ)
+def frontier(table: pd.DataFrame) -> Figure:
+    """Price against milliseconds a token: KL from the base, and the increase in perplexity, each on its worst text. A
+    colour is a format of the weights, a marker a way; in our engine, a line joins the capacities."""
+    table = table.assign(worst=100 * table[list(READ)].max(axis=1).clip(upper=MOST / 100), kl=table["kl"].clip(EXACT))
+    fig, axes = style.panels(2, height=4.2, width=8.6, sharey=False)
+    for way, weights, rows in ((*key, rows) for key, rows in table.groupby(["way", "weights"])):
+        label, marker, line = FRONTIER[way]
+        colour = COLOURS.get(weights, "black")
+        for ax, price in zip(axes, ("kl", "worst"), strict=True):
+            rows = rows.sort_values("capacity")
+            ax.plot(rows["ms"], rows[price], line, color=colour, marker=marker, markersize=5, linewidth=1.3)
+            for row in rows.to_dict("records"):
+                if way == "llama.cpp":
+                    shared.label(ax, (row["ms"], row[price]), weights, colour, (7, 0), fontsize=8)
+                elif way == "engine" and weights in ("q4", "float32"):
+                    beside = {"offset": (-6, 0), "ha": "right"} if weights == "q4" else {"offset": (6, 5)}
+                    shared.label(ax, (row["ms"], row[price]), f"{row['capacity']:g}", colour, fontsize=7, **beside)
+    axes[0].set(yscale="log", ylabel="KL from the base, nats a token (lowest: exact)")
+    shared.increases(axes[1], TICKS, "", table["worst"].max() / 100)
+    for ax in axes:
+        shared.log_axis(ax, [4, 6, 8, 10, 15, 20, 30, 40])
+        ax.set_xlabel("milliseconds a token")
+    formats = [entry(name, colour, "o") for name, colour in COLOURS.items()]
+    ways = [entry(label, "black", marker, line) for label, marker, line in FRONTIER.values()]
+    style.legend_below(fig, [*formats, *ways], ncols=5)
+    return fig
+
+
 @draws("way", "part", "realised", "ms")
 def token_time(table: pd.DataFrame) -> Figure:
     """Milliseconds of a token, three ways on one scale: products with weights, and all else; sums of medians."""
@@ -96,51 +123,4 @@ def token_time(table: pd.DataFrame) -> Figure:
             ax.annotate(f"all else: {outside:.1f}", (inside + outside / 2, y), color="black", **INSIDE)
     ax.set(xlabel="milliseconds a token", xlim=(0, 1.12 * ax.get_xlim()[1]))
     shared.named_rows(ax, list(names.values()))
-    return fig
-
-
-@draws("base", "granularity", "capacity", "exit_rate", "model_share", "decode_dense", "prefill_dense")
-def work_and_time(table: pd.DataFrame) -> Figure:
-    """Channel grain, the bundled base: time against the work that remains, both as shares of the dense path's."""
-    rows = table.query("base == 'bundled' and granularity == 'channel' and exit_rate == 0").sort_values("model_share")
-    style.check_table(rows)
-    fig, (ax,) = style.panels(1, height=3.6, width=5.6)
-    ax.plot([0.3, 1], [0.3, 1], ":", color=GREY)
-    shared.label(ax, (0.62, 0.62), "if time followed the work", GREY, (8, -8))
-    ax.axhline(1, color=GREY, linewidth=1)
-    shared.label(ax, (0.36, 1), "nothing skipped", GREY, (0, -7))
-    share, decode, prompt = rows["model_share"], 1 / rows["decode_dense"], 1 / rows["prefill_dense"]
-    ax.plot(share, decode, color=BLUE, marker="o", markersize=5)
-    ax.plot(share, prompt, color=BLUE, marker="s", markersize=5, linestyle="--")
-    for x, y, capacity in zip(share, decode, rows["capacity"], strict=True):
-        shared.label(ax, (x, y), f"{capacity:.2f}", BLUE, (-4, 9), ha="right")
-    shared.label(ax, (0.35, 0.715), "decoding, at the capacity shown", BLUE, (0, 0), ha="left")
-    shared.label(ax, (share.iloc[1], prompt.iloc[1]), "reading a prompt of 512 tokens", BLUE, (0, 11), ha="center")
-    ax.set(xlim=(0.34, 1.0), ylim=(0.3, 1.4), xlabel=style.WORK, ylabel="time / time with nothing skipped")
-    ax.xaxis.set_major_formatter(PERCENT)
-    ax.yaxis.set_major_formatter(PERCENT)
-    return fig
-
-
-@draws(*CLAIM, *QUALITY)
-def promise(table: pd.DataFrame) -> Figure:
-    """Speedup and increase in perplexity: claimed (hollow, with the capacity) and measured, without exits."""
-    table = table[table["exit_rate"] == 0].dropna(subset=QUALITY)
-    style.check_table(table, *QUALITY)
-    fig, panels = shared.panels_by(table, "base", 3.9, 7.6)
-    for rows, ax in panels:
-        shared.increases(ax, TICKS, "decode speedup (times)", table[QUALITY[0]].max())
-        for grain, part in rows.sort_values("capacity").groupby("granularity"):
-            for kind, (line, _) in KINDS.items():
-                shared.costs(ax, part[kind], part[QUALITY], *GRAINS[grain], line)
-        claims = rows.dropna(subset="promised_speedup").drop_duplicates("capacity")
-        ax.plot(claims["promised_speedup"], 100 * claims["promised_increase"], linestyle="none", **shared.PUBLISHED)
-        for row in claims.itertuples():
-            at = row.promised_speedup, 100 * row.promised_increase
-            ax.annotate(f"{row.capacity:.2f}", at, (0, 8), **LABEL | {"ha": "center"})
-        ax.axvline(1, color=GREY, linewidth=1)
-        shared.log_axis(ax, [0.5, 0.7, 1, 1.3, 1.6, 2, 3, 4, 6, 8])
-        ax.label_outer()
-    names = [*shared.grain_entries(table), *(entry(label, line=line) for line, label in KINDS.values())]
-    style.legend_below(fig, [entry("claimed", **shared.PUBLISHED), *names])
     return fig

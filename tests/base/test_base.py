@@ -45,6 +45,13 @@ def saved(tmp_path_factory, tiny_base):
     return folder
 
 
+def test_bf16_without_hardware_is_said(monkeypatch, recwarn):
+    monkeypatch.setattr(torch.cpu, "get_capabilities", dict)
+    assert cpu("random:tiny", dtype="auto").dtype == torch.float32 and not recwarn.list
+    with pytest.warns(UserWarning, match="bf16"):
+        cpu("random:tiny", dtype="bf16")
+
+
 # Fingerprint
 
 

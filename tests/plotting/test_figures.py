@@ -127,10 +127,9 @@ def test_rivals_do_the_same_work():
 
 
 def test_kept_reads_the_claim_between_its_capacities_and_the_row_on_more_tokens():
-    claims = pd.DataFrame({"capacity": [0.4, 0.9], "promised_increase": [0.12, 0.02]})
     table = quality(capacity=[0.2, 0.4, 0.65, 0.65], tokens=[4000, 4000, 4000, 20_000])
     table["increase_high"] = [0.1, 0.1, 0.1, 0.06]
-    found = findings.kept(table, claims)
+    found = findings.kept(table)
     assert found["capacity"].tolist() == [0.4, 0.65], "0.2 has no claim"
-    assert found["promised"].tolist() == pytest.approx([0.12, 0.07])
-    assert found["kept"].tolist() == ["kept", "kept"]
+    assert found["promised"].tolist() == pytest.approx([0.12, 0.08 - 0.05 * 2 / 3])
+    assert found["kept"].tolist() == ["kept", "open"]

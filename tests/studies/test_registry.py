@@ -86,7 +86,7 @@ def test_what_has_not_changed_is_not_measured_again(stand_in, run_studies, tmp_p
     assert run_studies(*run)[0] == 0 and stand_in.seen == [0, 1, 2]
     assert "nothing has changed" in run_studies(*run)[1] and len(stand_in.seen) == 3
     assert run_studies(*run[:-1], "--set", "count=2")[0] == 0 and len(stand_in.seen) == 5
-    assert state.is_stale("counted", (), tmp_path), "rows with other options are another file"
+    assert state.is_stale("counted", tmp_path), "rows with other options are another file"
     assert run_studies(*run)[0] == 0 and len(stand_in.seen) == 8
     monkeypatch.setattr(state, "_shared", lambda: b"other code")
     assert run_studies(*run)[0] == 0 and len(stand_in.seen) == 11
@@ -102,10 +102,10 @@ def test_a_digest_sees_code_and_not_comments(tmp_path, monkeypatch):
     found = []
     for text in ("x = 1", "# why\nx = 1\n'a docstring'", "x = 2", "from studies import b\nx = 2"):
         file.write_text(text)
-        found.append(state.digest("a", (), tmp_path))
+        found.append(state.digest("a"))
     assert found[0] == found[1] and len(set(found)) == 3
     (tmp_path / "studies" / "b.py").write_text("y = 3")
-    assert state.digest("a", (), tmp_path) != found[-1]
+    assert state.digest("a") != found[-1]
 
 
 def test_settings_are_read_by_type(stand_in):
@@ -120,7 +120,7 @@ def test_settings_are_read_by_type(stand_in):
         ("quality", "published", "--set", "dtype=fp32"),
         ("tasks", "--set", "tokens=5"),
         ("answers", "--set", "rounds=few"),
-        ("published_claims", "--set", "rounds=0"),
+        ("frontier", "--set", "rounds=0"),
         ("self_speculative", "--set", "capacities=2"),
         ("quality", "--set", "grains=word"),
     ],

@@ -11,20 +11,15 @@ import numpy as np
 import pytest
 import torch
 from datasets import Dataset
-from tiny_runs import GRAINS, adaptive, gating, random_blocks, skipping, untrained
+from tiny_runs import GRAINS, adaptive, gating, random_blocks, skipping, tiny, untrained
 
-from hat_lib.config import DATA
 from hat_lib.contexts import combined
-from hat_lib.decoding.generate import WEIGHT_FORMATS
 from hat_lib.decoding.speed import SpeedCurve
-from hat_lib.evaluation.controls import exit_shares
 from hat_lib.evaluation.perplexity import compare, score_each
 from hat_lib.hat import HierarchicalTransformer
 from hat_lib.method.cost import Work
-from hat_lib.rows import RowWriter, read_rows
-from studies import decode, quality, registry, self_speculative, speed_targets, tasks, token_time
-from studies.published_claims import Setting
-from studies.timing import forced, forced_exits
+from studies import alternatives, decode, registry, self_speculative, speed_targets, tasks, token_time
+from studies.timing import forced
 
 TINY = {"base": "random:tiny", "dtype": "fp32"}
 ADDRESSES = (("addresses", "validation"),)
@@ -36,25 +31,18 @@ SMALL = {
         2,
     ),
     "decode": (
-        {"capacities": [1.0, 0.5], "together": 2, "rounds": 1, "steps": 2, "shape_dtype": "fp32"},
-        {"BUNDLED": "random:tiny", "SHAPE": "random:tiny", "MORE_SHAPES": (), "HELD_OUT": 16, "CONTEXT": 16,
-         "llama_cpp": lambda ids, steps: lambda: 1.0},
-        2 * (6 + 4 * len(WEIGHT_FORMATS)),
+        {"capacities": [0.5], "shape_capacities": [0.5], "rounds": 1, "steps": 2, "shape_dtype": "fp32"},
+        {"BUNDLED": "random:tiny", "TIMED": ["random:tiny-qwen3"], "CONTEXT": 16}, 17,
     ),
-    "formats": ({"texts": ["addresses"], "capacities": [1.0, 0.7], "tokens": 64}, {"BLOCK": 32}, 6),
+    "frontier": (
+        {"capacities": [1.0, 0.7], "beside": [0.7], "removed": [1], "tokens": 96, "steps": 4, "rounds": 1},
+        {"BLOCK": 64, "READ_FIRST": 8, "CONTEXT": 32, "KINDS": ()}, 16,
+    ),
     "token_time": ({"capacity": 0.5, "rounds": 1, "steps": 2, "dtype": "fp32"}, {}, 22),
     "self_speculative": (
         {"capacities": [0.5], "dtypes": ["fp32"], "count": 2, "max_new_tokens": 8, "rounds": 1}, {}, 2
     ),
-    "published_claims": (
-        {"rounds": 1, "steps": 8, "dtype": "fp32", "shape_dtype": "fp32"},
-        {"SHAPE": "random:tiny", "SETTINGS": [Setting(0.7), Setting(0.75, 0.1)]},
-        8,
-    ),
-    "answers": ({"busy": 1, "rounds": 1, "dtype": "fp32"}, {"PROMPT": 16, "ANSWER": 6}, 8),
-    "prompts_in_full": (
-        {"texts": ["addresses"], "capacities": [0.7], "tokens": 1024, "dtype": "fp32"}, {"PROMPT": 16}, 2
-    ),
+    "answers": ({"rounds": 1, "dtype": "fp32"}, {"POINTS": ((16, 2, 0), (8, 1, 1)), "ANSWER": 6}, 12),
     "tasks": (
         {"tasks": ["copying", "arithmetic", "agreement"], "capacities": [0.6], "count": 8, "dtype": "fp32"},
         {"SHARED": 8}, 3,
@@ -70,42 +58,26 @@ def checkpoints(tmp_path_factory):
     return {grain: folder / grain for grain in GRAINS}
 
 
-@pytest.fixture(scope="module")
-def results(tmp_path_factory):
-    """A folder with a `quality.csv` of three settings."""
-    folder = tmp_path_factory.mktemp("results")
-    template = read_rows(DATA / "results" / "quality.csv", quality.Row)[0]
-    with RowWriter(folder / "quality.csv", quality.Row, quality.KEY) as writer:
-        for grain in GRAINS:
-            for text in ("addresses", "docstrings"):
-                for setting in ((0.7, 0.0), (0.75, 0.1)):
-                    point = quality.Point(grain, text, 4000, *setting, "trained")
-                    writer.write(quality.Row(**vars(template) | point._asdict() | {"increase": setting[0]}))
-    return folder
-
-
-LONG = ("published_claims", "ablations", "answers", "decode")
+LONG = ("ablations", "answers", "decode", "frontier")
 
 
 @pytest.mark.parametrize("name", [pytest.param(n, marks=pytest.mark.slow) if n in LONG else n for n in SMALL])
-def test_rows(name, checkpoints, results, monkeypatch):
+def test_rows(name, checkpoints, monkeypatch):
     study, (options, constants, count) = registry.load(name), SMALL[name]
     for constant, value in constants.items():
         monkeypatch.setattr(study, constant, value)
     known = registry.option_kinds(name)
-    options |= {"results": results} if "results" in known else {}
     options |= {"checkpoint": checkpoints["channel"]} if "checkpoint" in known else {}
     options |= checkpoints if "token" in known else {}
     rows = list(study.rows(**options))
     assert len(rows) == count
     for row in rows:
-        assert row.device == "cpu" and row.dtype == "float32" and row.threads >= 1 and row.cpu
-        if name != "published_claims" and hasattr(row, "realised") and not getattr(row, "exit_rate", 0):
+        dtype = "bfloat16" if getattr(row, "weights", None) == "bfloat16" else "float32"
+        assert row.device == "cpu" and row.dtype == dtype and row.threads >= 1 and row.cpu
+        if hasattr(row, "realised"):
             assert row.realised == pytest.approx(row.capacity, abs=0.2)
     done = {tuple(getattr(row, field) for field in study.KEY): row for row in rows}
     assert list(study.rows(done, **options)) == []
-    if name == "published_claims":
-        assert rows[0].addresses == 0.7 and rows[2].addresses is None, "a shape without weights has no quality"
     if name == "self_speculative":
         assert all(row.identical for row in rows)
 
@@ -115,14 +87,15 @@ def test_targets_are_refused_beyond_the_curve_and_priced_as_they_were_timed(chec
     monkeypatch.setattr("hat_lib.decoding.inference.speed_curve", lambda *_, **__: curve)
     monkeypatch.setattr(speed_targets, "TEXTS", ("addresses",))
     monkeypatch.setattr(speed_targets, "BLOCK", 64)
+    monkeypatch.setattr(speed_targets, "CONTEXT", 8)
     done = {("token", "float32", "dense", target) for target in (1.1, 1.16, 1.3, 1.6, 1.7, 1.8)}
-    options = {"dtype": "fp32", "count": 1, "max_new_tokens": 6, "tokens": 192, "weights": ["base"]}
+    options = {"count": 1, "max_new_tokens": 6, "tokens": 192, "weights": ["float32"]}
     rows = list(speed_targets.rows(done, **checkpoints, **options))
     assert [(r.requested, r.reachable) for r in rows] == [(t, t <= 1.16) for t in (1.1, 1.16, 1.3, 1.6, 1.7, 1.8)]
     assert all(r.capacity is r.measured is r.addresses is None for r in rows if not r.reachable)
     assert rows[0].over_hf > 0 and rows[0].lowest <= rows[0].measured <= rows[0].highest
     hat = HierarchicalTransformer.from_pretrained(checkpoints["channel"], dtype="fp32")
-    blocks = speed_targets.whole_blocks("addresses", hat.base.tokenizer, 192)
+    blocks = speed_targets.whole_blocks("addresses", hat.base.tokenizer, 192, 8)
     steered = partial(combined, partial(hat.at, rows[0].realised_capacity, 0.0), hat.steered)
     base, scored = (speed_targets.decoded(hat, blocks, around) for around in (hat.dense, steered))
     assert rows[0].addresses == pytest.approx(compare(base, scored).increase, rel=1e-2)
@@ -131,14 +104,26 @@ def test_targets_are_refused_beyond_the_curve_and_priced_as_they_were_timed(chec
 # --- their parts ---
 
 
-@pytest.mark.parametrize("grain", GRAINS)
-def test_about_the_shares_that_were_asked_for_run(grain):
-    hat, ids = untrained(grain, protected_tokens=0), torch.tensor(random_blocks(2, 256))
-    around, exits = forced(hat, [0.6], 256)[0.6], forced_exits(hat, ids[:1], [0.1, 0.2, 0.3])
-    with torch.no_grad(), around(), hat.using(exits=exits):
-        hat.lm(ids)
+def test_about_the_share_that_was_asked_for_runs():
+    hat = untrained("channel", protected_tokens=0)
+    with torch.no_grad(), forced(hat, [0.6], 256)[0.6]():
+        hat.lm(torch.tensor(random_blocks(2, 256)))
     assert hat.trace.capacity == pytest.approx(0.6, abs=0.1)
-    assert [*exit_shares([hat.trace], [1, 2, 3]).values()] == pytest.approx([0.1, 0.2, 0.3], abs=0.1)
+
+
+def test_teal_keeps_magnitudes_and_layers_go_for_good():
+    hat, ids, x = alternatives.magnitudes(tiny()), torch.tensor(random_blocks(2, 256)), torch.randn(3, 64)
+    cuts = alternatives.teal(hat, ids)
+    torch.testing.assert_close(hat.routers["0_qkv"].score(x), x.abs())
+    for share in (0.8, 0.4):
+        with torch.no_grad(), hat.dense(), hat.using(hat.threshold_policy(cuts(share))):
+            hat.lm(ids)
+        by_layer = hat.trace.share[:, ~hat.trace.protected].mean(1)
+        assert by_layer == pytest.approx([share] * 4, abs=0.05), "every layer keeps the same share"
+    less, whole = alternatives.without(tiny(), [1, 2]).model, tiny().model
+    del whole.model.layers[1:3]
+    with torch.no_grad():
+        assert torch.equal(*(lm(ids[:1, :8], use_cache=False).logits for lm in (less, whole)))
 
 
 @pytest.mark.parametrize("make", [partial(skipping, "channel"), partial(skipping, "token"), gating])
