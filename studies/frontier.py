@@ -180,7 +180,7 @@ class Drafts(Plain):
 
 @dataclass(kw_only=True)
 class Llama:
-    """llama.cpp on a file, in a process of its own: beside the other ways its instructions for matrices failed."""
+    """llama.cpp on a file, in a process of its own: in ours it died of an illegal instruction."""
 
     name: str = "llama.cpp"
     weights: str

@@ -1,7 +1,7 @@
 """Steering: thresholds that move while a text is decoded, so that realised capacity matches the request.
 
-A text of another kind than calibration's realises a little more or less than was asked for: in the layers, and in a
-head whose shortlists are shorter where the model is certain. Each sequence has an offset, and ``exp(offset)``
+A text of another kind than calibration's realises a little more or less than was asked for, in the layers and in the
+head. Each sequence has an offset, and ``exp(offset)``
 multiplies the thresholds of its layers, which make up for the head, too. After each forward of ``n`` tokens
 
     offset += (executed - asked) * (1 - (1 - gain * slope) ** n) / slope
