@@ -246,7 +246,7 @@ class Decoding:
         channel = np.array(self.hat.site_work) / decoder.channels[:, 0, 0] / whole
         read = head / whole / np.array(decoder.weights.head.shape[::-1])
         shares = (a.astype(np.float32) for a in (np.broadcast_to(channel, FFN), read))
-        return Steering(offset, setting.moving, asked, steering.LIMIT, *shares)
+        return Steering(offset, *map(np.float32, (setting.moving, asked, steering.LIMIT)), *shares)
 
     # -- a token at a time, by whatever loop -----------------------------------------------------------
 

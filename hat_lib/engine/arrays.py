@@ -164,14 +164,15 @@ class Steering(NamedTuple):
     """Thresholds that move (`hat_lib.decoding.steering`): they are multiplied by exp(offset)."""
 
     offset: ndarray  # [R]; moved
-    gain: float  # 0 for none
-    asked: float  # share of a token's routable work
-    limit: float
+    gain: np.float32  # 0 for none
+    asked: np.float32  # share of a token's routable work
+    limit: np.float32
     shares: ndarray  # [4], work that one channel of each product stands for, of all that is routable
     head: ndarray  # [2], the same of a channel of the preview, and of a logit read in full
 
 
-STILL = Steering(np.zeros(MAX_TOKENS, np.float32), 0.0, 0.0, 0.0, np.zeros(FFN, np.float32), np.zeros(2, np.float32))
+STILL = Steering(np.zeros(MAX_TOKENS, np.float32), *np.zeros(3, np.float32), np.zeros(FFN, np.float32),
+                 np.zeros(2, np.float32))  # fmt: skip
 
 
 class Course(NamedTuple):

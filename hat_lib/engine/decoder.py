@@ -141,7 +141,7 @@ class Decoder:
         )
         course = Course(**{
             "steps": steps,
-            "steering": steering._replace(**{n: np.float32(getattr(steering, n)) for n in ("gain", "asked", "limit")}),
+            "steering": steering,
             "unprotected": np.zeros(b, np.int64),
             "ended": np.zeros(b, bool),
             "ids": np.zeros((0, b), np.int64),
