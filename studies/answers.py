@@ -26,7 +26,7 @@ from studies.common import CHECKPOINTS, Machine, machine, markdown, over_dense, 
 from studies.timing import plain_copy, plain_part
 
 ABOUT = "time to the first and to the last token of an answer, by prompt, sequences and busy processes"
-MINUTES = 12
+MINUTES = 14
 KEY = ("base", "prompt", "sequences", "busy", "way")
 POINTS = ((64, 1, 0), (512, 1, 0), (2048, 1, 0), (64, 2, 0), (64, 4, 0), (64, 8, 0), (512, 1, 2))
 """tokens of a prompt, sequences, busy processes"""
@@ -57,7 +57,7 @@ def rows(
     *,
     checkpoint: Path = CHECKPOINTS / "default",
     capacity: float = 0.6,
-    rounds: int = 2,
+    rounds: int = 4,
     dtype: str = "fp32",
 ) -> Iterator[Row]:
     """Rows for each way at each of `POINTS`."""

@@ -53,6 +53,7 @@ from studies.common import (
 )
 from studies.plotting import speed
 from studies.plotting.findings import increase_text
+from studies.prompts import whole_blocks
 from studies.quality import MANY
 from studies.timing import CONTEXT, decode_ms, plain_copy
 
@@ -225,7 +226,7 @@ def rows(
     hat = hats["fp32"]
     if hat.config.granularity != "channel" or not hat.decoding.startswith("engine"):
         raise HatError(f"{checkpoint}: expected the channel grain, decoded by the engine, got {hat.decoding}")
-    texts = {text: _blocks(text, hat, tokens) for text in TEXTS}
+    texts = {text: whole_blocks(text, hat.base.tokenizer, tokens, BLOCK, READ_FIRST) for text in TEXTS}
     ids = {text: torch.tensor(blocks["input_ids"]) for text, blocks in texts.items()}
     plain = {name: Plain(weights=name, lm=plain_copy(hats[FORMATS[name][0]])) for name in ("float32", "bfloat16")}
     base = {text: plain["float32"].predict(ids[text])[0] for text in TEXTS}
@@ -252,11 +253,6 @@ def rows(
     for way, price in found:
         about = {"steps": steps, "rounds": rounds, "tokens": ids[TEXTS[0]].numel()}
         yield _row(getattr(way, "hat", hat), way, ways, price | about)
-
-
-def _blocks(text: str, hat: HierarchicalTransformer, tokens: int) -> Dataset:
-    blocks = load_text(text, hat.base.tokenizer, split="test", block_size=BLOCK)
-    return evenly(blocks.select([i for i, row in enumerate(blocks["input_ids"]) if len(row) == BLOCK]), tokens)
 
 
 def _priced(way, texts: dict, ids: dict, base: dict) -> dict:

@@ -1,12 +1,13 @@
-"""Prompts of several kinds, always the same, to measure generation on: lines of test splits, and assembled words."""
+"""What studies read, always the same: prompts of several kinds, cut from texts or assembled; whole blocks of a text."""
 
 from itertools import product
 from typing import NamedTuple
 
+from datasets import Dataset
 from transformers import PreTrainedTokenizerBase
 
 from hat_lib.config import check_count
-from hat_lib.text.blocks import load_text
+from hat_lib.text.blocks import load_text, spread
 
 KINDS = 5
 LENGTH = 24  # tokens of a prompt that is cut from a text
@@ -53,3 +54,11 @@ def _cut(tokenizer: PreTrainedTokenizerBase, source: str, count: int) -> list[st
         lines += [text[i:] for i in starts if text[i] != "\n"]
     chosen = [lines[i * len(lines) // count] for i in range(count)]
     return [tokenizer.decode(tokenizer(text).input_ids[:LENGTH], skip_special_tokens=True) for text in chosen]
+
+
+def whole_blocks(text: str, tokenizer: PreTrainedTokenizerBase, tokens: int, size: int, context: int) -> Dataset:
+    """About ``tokens`` of a test split, in evenly spaced blocks of ``size``; of each, ``context`` is only read."""
+    blocks = load_text(text, tokenizer, split="test", block_size=size)
+    whole = [i for i, ids in enumerate(blocks["input_ids"]) if len(ids) == size]
+    blocks = spread(blocks.select(whole), tokens)
+    return blocks.remove_columns("n_context").add_column("n_context", [context] * len(blocks))

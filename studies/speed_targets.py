@@ -21,7 +21,7 @@ import pandas as pd
 import torch
 import torch.nn.functional as F
 from datasets import Dataset
-from transformers import DynamicCache, PreTrainedTokenizerBase
+from transformers import DynamicCache
 
 from hat_lib.config import CAPACITY_MIN, check_count
 from hat_lib.contexts import combined
@@ -32,11 +32,10 @@ from hat_lib.evaluation.perplexity import Score, compare
 from hat_lib.hat import HierarchicalTransformer
 from hat_lib.method.cost import WorkTally
 from hat_lib.method.trace import Trace
-from hat_lib.text.blocks import load_text, spread
 from studies.claims import PROMISED
 from studies.common import CHECKPOINTS, FORMATS, Machine, machine, markdown, rounded, saved, times
 from studies.plotting.findings import increase_text
-from studies.prompts import prompts
+from studies.prompts import prompts, whole_blocks
 from studies.quality import MANY
 
 ABOUT = "a target speedup, what came of it and what it costs on three kinds of text"
@@ -100,7 +99,7 @@ def rows(
     """
     check_count("tokens", tokens, 2 * BLOCK)
     dense = HierarchicalTransformer.from_pretrained(channel, dtype="fp32")
-    blocks = cache(partial(whole_blocks, tokenizer=dense.base.tokenizer, tokens=tokens, context=CONTEXT))
+    blocks = cache(partial(whole_blocks, tokenizer=dense.base.tokenizer, tokens=tokens, size=BLOCK, context=CONTEXT))
     base = cache(lambda text: decoded(dense, blocks(text), dense.dense))
     for checkpoint, form in [*((channel, form) for form in weights), (token, "float32")]:
         dtype, stored = FORMATS[form]
@@ -149,14 +148,6 @@ def decoded(hat: HierarchicalTransformer, blocks: Dataset, around: Callable) -> 
             spent.add(Trace.cat(steps[before:]))
     tokens = np.array([len(ids) - 1 - before for ids in blocks["input_ids"]])
     return Score(np.concatenate(nll), tokens, blocks["doc"], *spent.shares)
-
-
-def whole_blocks(text: str, tokenizer: PreTrainedTokenizerBase, tokens: int, context: int = 0) -> Dataset:
-    """About ``tokens`` tokens of a test split, in evenly spaced whole blocks; of each, ``context`` is only read."""
-    blocks = load_text(text, tokenizer, split="test", block_size=BLOCK)
-    whole = [i for i, ids in enumerate(blocks["input_ids"]) if len(ids) == BLOCK]
-    blocks = spread(blocks.select(whole), tokens)
-    return blocks.remove_columns("n_context").add_column("n_context", [context] * len(blocks))
 
 
 def _continued(infer: AdaptiveInference, texts: Sequence[str], target: float, max_new_tokens: int) -> dict:

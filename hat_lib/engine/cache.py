@@ -6,7 +6,6 @@ cropped, continued, copied and reordered, on this path or on any other. A view t
 after a crop its part is not written to again.
 """
 
-import numpy as np
 import torch
 from torch import Tensor
 from transformers.cache_utils import Cache, DynamicLayer
@@ -19,8 +18,10 @@ class KeyValueBuffer:
 
     def __init__(self, layers: int, form: tuple, size: int):
         (batch, heads, head_dim, self.dtype), self.form, self.size = form, form, size
-        shape, stored = (layers, batch, heads, size, head_dim), np.uint16 if form[3] == torch.bfloat16 else np.float32
-        self.keys, self.values = np.empty(shape, stored), np.empty(shape, stored)
+        shape = (layers, batch, heads, size, head_dim)
+        stored = torch.uint16 if self.dtype == torch.bfloat16 else torch.float32
+        # By torch: numpy asks for huge pages, whose first strided copy takes ten times as long on some machines.
+        self.keys, self.values = (torch.empty(shape, dtype=stored).numpy() for _ in range(2))
         self.shown = False
         """whether somebody may hold a view"""
 

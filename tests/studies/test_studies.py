@@ -19,6 +19,7 @@ from hat_lib.evaluation.perplexity import compare, score_each
 from hat_lib.hat import HierarchicalTransformer
 from hat_lib.method.cost import Work
 from studies import alternatives, decode, registry, self_speculative, speed_targets, tasks, token_time
+from studies.prompts import whole_blocks
 from studies.timing import forced
 
 TINY = {"base": "random:tiny", "dtype": "fp32"}
@@ -39,9 +40,7 @@ SMALL = {
         {"BLOCK": 64, "READ_FIRST": 8, "CONTEXT": 32, "KINDS": ()}, 16,
     ),
     "token_time": ({"capacity": 0.5, "rounds": 1, "steps": 2, "dtype": "fp32"}, {}, 22),
-    "self_speculative": (
-        {"capacities": [0.5], "dtypes": ["fp32"], "count": 2, "max_new_tokens": 8, "rounds": 1}, {}, 2
-    ),
+    "self_speculative": ({"capacities": [0.5], "dtypes": ["fp32"], "count": 2, "max_new_tokens": 8}, {}, 2),
     "answers": ({"rounds": 1, "dtype": "fp32"}, {"POINTS": ((16, 2, 0), (8, 1, 1)), "ANSWER": 6}, 12),
     "tasks": (
         {"tasks": ["copying", "arithmetic", "agreement"], "capacities": [0.6], "count": 8, "dtype": "fp32"},
@@ -95,7 +94,7 @@ def test_targets_are_refused_beyond_the_curve_and_priced_as_they_were_timed(chec
     assert all(r.capacity is r.measured is r.addresses is None for r in rows if not r.reachable)
     assert rows[0].over_hf > 0 and rows[0].lowest <= rows[0].measured <= rows[0].highest
     hat = HierarchicalTransformer.from_pretrained(checkpoints["channel"], dtype="fp32")
-    blocks = speed_targets.whole_blocks("addresses", hat.base.tokenizer, 192, 8)
+    blocks = whole_blocks("addresses", hat.base.tokenizer, 192, 64, 8)
     steered = partial(combined, partial(hat.at, rows[0].realised_capacity, 0.0), hat.steered)
     base, scored = (speed_targets.decoded(hat, blocks, around) for around in (hat.dense, steered))
     assert rows[0].addresses == pytest.approx(compare(base, scored).increase, rel=1e-2)
