@@ -1,16 +1,17 @@
 """A question answered: time to the first token and to the last, ``data/results/answers.csv``.
 
-After prompts of several lengths, for one sequence or several, `ANSWER` tokens are decoded greedily: by plain
-transformers, by the engine with nothing skipped and at a capacity, with the prompt in full or spending by capacity,
-too, and with weights in four bits. The same beside other processes that each occupy a core.
+After prompts of several lengths, for one sequence or several, `ANSWER` tokens are decoded greedily and streamed: by
+plain transformers, by the engine with nothing skipped and at a capacity, with the prompt in full or spending by
+capacity, too, and with weights in four bits. The same beside other processes that each occupy a core.
 """
 
 import multiprocessing
 import statistics
 import time
+from collections import defaultdict
 from collections.abc import Collection, Iterator
 from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 
@@ -26,7 +27,7 @@ from studies.common import CHECKPOINTS, Machine, machine, markdown, over_dense, 
 from studies.timing import plain_copy, plain_part
 
 ABOUT = "time to the first and to the last token of an answer, by prompt, sequences and busy processes"
-MINUTES = 14
+MINUTES = 12
 KEY = ("base", "prompt", "sequences", "busy", "way")
 POINTS = ((64, 1, 0), (512, 1, 0), (2048, 1, 0), (64, 2, 0), (64, 4, 0), (64, 8, 0), (512, 1, 2))
 """tokens of a prompt, sequences, busy processes"""
@@ -57,7 +58,7 @@ def rows(
     *,
     checkpoint: Path = CHECKPOINTS / "default",
     capacity: float = 0.6,
-    rounds: int = 4,
+    rounds: int = 5,
     dtype: str = "fp32",
 ) -> Iterator[Row]:
     """Rows for each way at each of `POINTS`."""
@@ -73,43 +74,56 @@ def rows(
     }
     ways[f"{end}, prompt too"] = hat, at, gated
 
-    def generate(way: str, ids: Tensor, tokens: int) -> None:
+    def generate(way: str, ids: Tensor, streamer=None) -> None:
         model, _, more = ways[way]
         lm, how = plain_part(model), {"do_sample": False, "pad_token_id": 0, "eos_token_id": -1}  # no token ends it
-        lm.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=tokens, **how, **more)
-
-    def ms(ids: Tensor, tokens: int, v: Variant) -> float:
-        began = now(v.model)
-        generate(v.name, ids, tokens)
-        return 1e3 * (now(v.model) - began)
+        lm.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=ANSWER, streamer=streamer, **how, **more)
 
     for prompt, sequences, busy in POINTS:
         if all((hat.base.name, prompt, sequences, busy, way) in done for way in ways):
             continue
         ids = text[: sequences * prompt].view(sequences, prompt)
-        first, whole = ([Variant(way, model, around) for way, (model, around, _) in ways.items()] for _ in range(2))
+        turns, firsts = [Variant(way, model, around) for way, (model, around, _) in ways.items()], defaultdict(list)
+
+        def once(v: Variant, ids=ids, firsts=firsts) -> float:
+            clock, began = Clock(v.model), now(v.model)
+            generate(v.name, ids, clock)
+            firsts[v.name].append(1e3 * (clock.times[1] - began))  # the prompt is streamed before
+            return 1e3 * (clock.times[-1] - began)
+
         with processes(busy):
-            take_turns(whole, partial(ms, ids, ANSWER), rounds)
-            take_turns(first, partial(ms, ids, 1), rounds)
-        # Of the tokens after the first, by round.
-        after = {all_of_it.name: [t - statistics.median(one.times) for t in all_of_it.times]
-                 for one, all_of_it in zip(first, whole, strict=True)}  # fmt: skip
-        for one, all_of_it in zip(first, whole, strict=True):
-            model, around, _ = ways[one.name]
+            take_turns(turns, once, rounds)
+        first = {way: found[1:] for way, found in firsts.items()}  # without the round to warm up
+        after = {v.name: [t - f for t, f in zip(v.times, first[v.name], strict=True)] for v in turns}
+        for v in turns:
             asked = realised = 1.0
-            if model is hat:
-                with around(), hat.collect() as states:
+            if v.model is hat:
+                with v.around(), hat.collect() as states:
                     asked = hat.capacity
-                    generate(one.name, ids, ANSWER)
+                    generate(v.name, ids)
                 realised = Trace.cat(states[1:]).capacity
-            dense = "dense, q4" if one.name.endswith("q4") else "dense"
-            columns = machine(hat.base) | spread(all_of_it.times) | {"way": one.name}
-            columns |= {"first_ms": statistics.median(one.times)} | over_dense(after[dense], after[one.name])
-            if model is not hat:
+            dense = "dense, q4" if v.name.endswith("q4") else "dense"
+            columns = machine(hat.base) | spread(v.times) | {"way": v.name}
+            columns |= {"first_ms": statistics.median(first[v.name])} | over_dense(after[dense], after[v.name])
+            if v.model is not hat:
                 columns |= dict.fromkeys(over_dense([1], [1]))
             columns |= {"capacity": asked, "realised": realised, "rounds": rounds}
             columns |= {"prompt": prompt, "sequences": sequences, "busy": busy}
-            yield rounded(Row, **columns, token_ms=statistics.median(after[one.name]) / (ANSWER - 1) / sequences)
+            yield rounded(Row, **columns, token_ms=statistics.median(after[v.name]) / (ANSWER - 1) / sequences)
+
+
+@dataclass
+class Clock:
+    """A streamer that notes when tokens come, in seconds."""
+
+    model: object
+    times: list[float] = field(default_factory=list)
+
+    def put(self, ids: Tensor) -> None:
+        self.times.append(now(self.model))
+
+    def end(self) -> None:
+        pass
 
 
 @contextmanager

@@ -8,7 +8,6 @@ llama-cpp-python is installed (``pip install "hat-workbook[peers]"``, which take
 
 import statistics
 import tempfile
-import time
 from collections.abc import Callable, Collection, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from contextlib import nullcontext
@@ -66,7 +65,6 @@ TEXTS, BLOCK = tuple(MANY), 256
 READ_FIRST = 32  # tokens of a block, which are not scored
 BESIDE = ("bfloat16", "q4")  # formats of the rivals in our engine
 KINDS = ("Q3_K_M", "Q2_K")
-SETTLE = 1.5  # seconds: after a turn of llama.cpp its threads spin on, and those of our engine would be late
 SEARCHED = 512  # tokens of validation text, for TEAL and for the order in which layers go
 
 
@@ -193,9 +191,7 @@ class Llama:
     times: list[float] = field(default_factory=list)
 
     def once(self, ids: Tensor, steps: int) -> float:
-        ms = self._run(llama_ms, ids[0].tolist(), CONTEXT, steps)
-        time.sleep(SETTLE)
-        return ms
+        return self._run(llama_ms, ids[0].tolist(), CONTEXT, steps)
 
     def predict(self, ids: Tensor) -> tuple[Tensor, None]:
         return torch.from_numpy(self._run(llama_logits, ids.tolist())).log_softmax(-1), None

@@ -204,7 +204,7 @@ def _verdict(row: Mapping) -> str:
 
 
 def speed_text(row: Mapping) -> str:
-    """The speed that was measured; by the slowest prompt it is met, or the median is nearly there, or it is missed."""
+    """The speed that was measured: met by the slowest prompt, or nearly by the median, or too slow."""
     met = row["lowest"] >= row["requested"]
-    nearly = ", within 3 %" if row["measured"] >= (1 - NEARLY) * row["requested"] else ", missed"
+    nearly = ", within 3 %" if row["measured"] >= (1 - NEARLY) * row["requested"] else ", too slow"
     return f"{row['measured']:.2f}x ({row['lowest']:.2f}x to {row['highest']:.2f}x){'' if met else nearly}"

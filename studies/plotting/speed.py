@@ -99,7 +99,7 @@ def frontier(table: pd.DataFrame) -> Figure:
     shared.increases(axes[1], TICKS, "", table["worst"].max() / 100)
     for ax in axes:
         shared.log_axis(ax, [4, 6, 8, 10, 15, 20, 30, 40])
-        ax.set_xlabel("milliseconds a token")
+        ax.set(xlabel="milliseconds a token", xlim=(0.75 * table["ms"].min(), None))
     formats = [entry(name, colour, "o") for name, colour in COLOURS.items()]
     ways = [entry(label, "black", marker, line) for label, marker, line in FRONTIER.values()]
     style.legend_below(fig, [*formats, *ways], ncols=5)
