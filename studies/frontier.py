@@ -26,7 +26,7 @@ from transformers import DynamicCache
 
 from hat_lib.base.families import linear_work
 from hat_lib.base.load import BUNDLED, load_base
-from hat_lib.config import HatConfig, HatError, check_capacity
+from hat_lib.config import HatConfig, HatError, check_capacity, check_count
 from hat_lib.decoding.speculation import Speculation
 from hat_lib.decoding.speed import now, take_turns
 from hat_lib.evaluation.controls import layer_damage, turned, under
@@ -213,15 +213,19 @@ def rows(
 ) -> Iterator[Row]:
     """All rows; none if some are done, as times are comparable within one run.
 
-    ``beside`` are those of ``capacities`` whose work TEAL does, too, ``removed`` numbers of layers; ``tokens`` are read
-    of each text's test split.
+    At ``beside`` TEAL does the same work; ``removed`` are numbers of layers; ``tokens`` are read of each text's test
+    split.
     """
     if done:
         return
+    asked = [1.0, *(check_capacity(c) for c in dict.fromkeys([*capacities, *beside]) if c != 1)]
+    check_count("tokens", tokens, 2 * BLOCK)
     hats = {dtype: HierarchicalTransformer.from_pretrained(checkpoint, dtype=dtype) for dtype in ("fp32", "bf16")}
     hat = hats["fp32"]
     if hat.config.granularity != "channel" or not hat.decoding.startswith("engine"):
-        raise HatError(f"{checkpoint}: expected the channel grain, decoded by the engine, got {hat.decoding}")
+        raise HatError(f"expected the channel grain and the engine, got {hat.config.granularity} and {hat.decoding}")
+    for count in removed:
+        check_count("removed", count, 1, hat.config.n_layers - 1)
     texts = {text: whole_blocks(text, hat.base.tokenizer, tokens, BLOCK, READ_FIRST) for text in TEXTS}
     ids = {text: torch.tensor(blocks["input_ids"]) for text, blocks in texts.items()}
     plain = {name: Plain(weights=name, lm=plain_copy(hats[FORMATS[name][0]])) for name in ("float32", "bfloat16")}
@@ -230,7 +234,7 @@ def rows(
     ours = [
         Engine(name="engine", weights=weights, capacity=c, hat=hats[dtype], around=partial(hats[dtype].at, c, 0.0))
         for weights, (dtype, _) in FORMATS.items()
-        for c in map(check_capacity, capacities)
+        for c in asked
     ]
     found = [(way, priced(way)) for way in ours]
     wanted = {way.capacity: price["scored"] for way, price in found if way.weights == "float32"}

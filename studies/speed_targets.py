@@ -23,7 +23,7 @@ import torch.nn.functional as F
 from datasets import Dataset
 from transformers import DynamicCache
 
-from hat_lib.config import CAPACITY_MIN, check_count
+from hat_lib.config import CAPACITY_MIN, HatError, check_count
 from hat_lib.contexts import combined
 from hat_lib.decoding.inference import AdaptiveInference
 from hat_lib.decoding.speed import steer_to_capacity, timed
@@ -98,6 +98,8 @@ def rows(
     the number of prompts; ``tokens`` are read of each text's test split, which takes most of the time.
     """
     check_count("tokens", tokens, 2 * BLOCK)
+    if unknown := [form for form in weights if form not in FORMATS]:
+        raise HatError(f"weights must be of {', '.join(FORMATS)}, got {unknown[0]!r}")
     dense = HierarchicalTransformer.from_pretrained(channel, dtype="fp32")
     blocks = cache(partial(whole_blocks, tokenizer=dense.base.tokenizer, tokens=tokens, size=BLOCK, context=CONTEXT))
     base = cache(lambda text: decoded(dense, blocks(text), dense.dense))

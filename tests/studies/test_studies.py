@@ -36,7 +36,7 @@ SMALL = {
         {"BUNDLED": "random:tiny", "TIMED": ["random:tiny-qwen3"], "CONTEXT": 16}, 17,
     ),
     "frontier": (
-        {"capacities": [1.0, 0.7], "beside": [0.7], "removed": [1], "tokens": 96, "steps": 4, "rounds": 1},
+        {"capacities": [0.7], "beside": [0.7], "removed": [1], "tokens": 128, "steps": 4, "rounds": 1},
         {"BLOCK": 64, "READ_FIRST": 8, "CONTEXT": 32, "KINDS": ()}, 16,
     ),
     "token_time": ({"capacity": 0.5, "rounds": 1, "steps": 2, "dtype": "fp32"}, {}, 22),
