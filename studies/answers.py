@@ -11,9 +11,10 @@ import time
 from collections import defaultdict
 from collections.abc import Collection, Iterator
 from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 
 import torch
 from torch import Tensor
@@ -86,10 +87,10 @@ def rows(
         turns, firsts = [Variant(way, model, around) for way, (model, around, _) in ways.items()], defaultdict(list)
 
         def once(v: Variant, ids=ids, firsts=firsts) -> float:
-            clock, began = Clock(v.model), now(v.model)
-            generate(v.name, ids, clock)
-            firsts[v.name].append(1e3 * (clock.times[1] - began))  # the prompt is streamed before
-            return 1e3 * (clock.times[-1] - began)
+            came, began = [], now(v.model)
+            generate(v.name, ids, SimpleNamespace(put=lambda _: came.append(now(v.model)), end=lambda: None))
+            firsts[v.name].append(1e3 * (came[1] - began))  # the prompt is streamed before
+            return 1e3 * (came[-1] - began)
 
         with processes(busy):
             take_turns(turns, once, rounds)
@@ -110,20 +111,6 @@ def rows(
             columns |= {"capacity": asked, "realised": realised, "rounds": rounds}
             columns |= {"prompt": prompt, "sequences": sequences, "busy": busy}
             yield rounded(Row, **columns, token_ms=statistics.median(after[v.name]) / (ANSWER - 1) / sequences)
-
-
-@dataclass
-class Clock:
-    """A streamer that notes when tokens come, in seconds."""
-
-    model: object
-    times: list[float] = field(default_factory=list)
-
-    def put(self, ids: Tensor) -> None:
-        self.times.append(now(self.model))
-
-    def end(self) -> None:
-        pass
 
 
 @contextmanager
