@@ -223,7 +223,8 @@ def rows(
     hats = {dtype: HierarchicalTransformer.from_pretrained(checkpoint, dtype=dtype) for dtype in ("fp32", "bf16")}
     hat = hats["fp32"]
     if hat.config.granularity != "channel" or not hat.decoding.startswith("engine"):
-        raise HatError(f"expected the channel grain and the engine, got {hat.config.granularity} and {hat.decoding}")
+        got = f"{hat.config.granularity}, {hat.decoding}"
+        raise HatError(f"{checkpoint}: expected the channel grain, decoded by the engine, got {got}")
     for count in removed:
         check_count("removed", count, 1, hat.config.n_layers - 1)
     texts = {text: whole_blocks(text, hat.base.tokenizer, tokens, BLOCK, READ_FIRST) for text in TEXTS}

@@ -113,21 +113,14 @@ def test_settings_are_read_by_type(stand_in):
     assert found == {"count": 4, "stop": 1, "shares": [0.5, 0.7], "name": "b"}
 
 
-@pytest.mark.parametrize(
-    "args",
-    [
-        ("nothing",),
-        ("quality", "published", "--set", "dtype=fp32"),
-        ("tasks", "--set", "tokens=5"),
-        ("answers", "--set", "rounds=few"),
-        ("frontier", "--set", "rounds=0"),
-        ("self_speculative", "--set", "capacities=2"),
-        ("quality", "--set", "grains=word"),
-    ],
-)
+@pytest.mark.parametrize("args", [
+    "nothing", "quality published --set dtype=fp32", "tasks --set tokens=5", "answers --set rounds=few",
+    "frontier --set rounds=0", "frontier --set tokens=10", "speed_targets --set weights=q3",
+    "self_speculative --set capacities=2", "quality --set grains=word",
+])  # fmt: skip
 def test_a_typo_is_one_error_before_anything_is_loaded(run_studies, tmp_path, monkeypatch, args):
     monkeypatch.setattr("hat_lib.hat.HierarchicalTransformer.from_pretrained", None)
-    code, _, err = run_studies(*args, "--out", tmp_path)
+    code, _, err = run_studies(*args.split(), "--out", tmp_path)
     assert code == 2 and err.count("error: ") == 1
 
 
