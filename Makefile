@@ -27,6 +27,12 @@ PYTEST := OMP_NUM_THREADS=1 $(OFFLINE) $(PY) -m pytest -n $(JOBS) --dist loadfil
 COMPARED := $(filter-out notebooks/03_%,$(wildcard notebooks/*.ipynb))
 NBVAL := --nbval --nbval-current-env --nbval-sanitize-with notebooks/nbval_sanitize.cfg --nbval-cell-timeout 300
 
+# Where torch is held to plainer kernels, oneDNN must be, too: else flash attention in bf16 packs for AMX and fails
+# ("pack_vnni2 is only supported when avx512 is supported", torch 2.13 on a CPU with AMX).
+ifdef ATEN_CPU_CAPABILITY
+export ONEDNN_MAX_CPU_ISA ?= AVX2
+endif
+
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
 .PHONY: help setup workbook check test soak refresh lint clean

@@ -119,12 +119,14 @@ def load_base(name: str | Path = BUNDLED, *, dtype=None, device=None, device_map
 
 
 def default_dtype(device: torch.device | str) -> torch.dtype:
-    """bf16 where the hardware computes in it (CUDA cards before Ampere emulate it) and torch can say so, else fp32."""
+    """bf16 where torch computes in it by hardware (CUDA cards before Ampere emulate it) and can say so, else fp32."""
     if torch.device(device).type == "cuda":
         native = torch.cuda.is_bf16_supported(including_emulation=False)
     else:
         flags = getattr(torch.cpu, "get_capabilities", dict)()
-        native = any(flags.get(flag) for flag in ("avx512_bf16", "amx_bf16", "bf16"))
+        native = flags.get("bf16")  # on ARM
+        if torch.backends.cpu.get_cpu_capability() == "AVX512":  # not where ATEN_CPU_CAPABILITY holds torch to less
+            native = flags.get("avx512_bf16") or flags.get("amx_bf16")
     return torch.bfloat16 if native else torch.float32
 
 

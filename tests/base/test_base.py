@@ -52,6 +52,13 @@ def test_bf16_without_hardware_is_said(monkeypatch, recwarn):
         cpu("random:tiny", dtype="bf16")
 
 
+def test_bf16_of_the_hardware_is_not_used_where_torch_is_held_to_less(monkeypatch):
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {"avx512_bf16": True, "amx_bf16": True})
+    for capability, dtype in (("AVX512", torch.bfloat16), ("AVX2", torch.float32)):
+        monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda found=capability: found)
+        assert cpu("random:tiny", dtype="auto").dtype == dtype
+
+
 # Fingerprint
 
 
