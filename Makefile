@@ -35,7 +35,7 @@ endif
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help setup workbook check test soak refresh lint clean
+.PHONY: help setup workbook check test nbval soak refresh book lint clean
 
 help:  ## say what each target does
 	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "make %-10s %s\n", $$1, $$2 }' Makefile
@@ -48,6 +48,9 @@ check: lint  ## lint, and every test that is not marked slow: about two minutes
 
 test: lint  ## lint, every test, and stored outputs of the notebooks (but 03) compared with a fresh run
 	$(PYTEST) $(TESTS)
+	$(MAKE) nbval
+
+nbval: .venv/tested  ## only compare the notebooks' stored outputs (but 03) with a fresh run
 	$(if $(COMPARED),$(PYTEST) $(NBVAL) $(COMPARED),@echo "no notebooks to compare")
 
 soak: .venv/tested  ## random models, also off the beaten path, kills, memory over many texts, busy machines: half an hour
@@ -58,6 +61,11 @@ refresh: .venv/tested  ## make what is stale anew: results, tables, figures, not
 	$(PY) -m studies --tables
 	$(PY) -m studies --figures
 	$(OFFLINE) $(PY) -m hat_lib.workbook execute
+
+book: .venv/booked  ## build the site into build/book; a broken link fails
+	rm -rf build/book
+	$(PY) -m sphinx -c docs -d build/doctrees -EWq . build/book
+	@echo "build/book/index.html"
 
 lint: .venv/tested
 	$(PY) -m ruff check .
@@ -87,4 +95,8 @@ clean:  ## remove .venv, caches and build leftovers; runs/ stays
 # What only tests need: lm-evaluation-harness is 200 MB, Triton a gigabyte, and no notebook imports them.
 .venv/tested: pyproject.toml | .venv/ready
 	$(PY) -m pip install -e ".[workbook,dev,eval,gpu]"
+	@touch $@
+
+.venv/booked: pyproject.toml | .venv/ready
+	$(PY) -m pip install -e ".[workbook,dev,book]"
 	@touch $@

@@ -1,4 +1,4 @@
-"""The method by hand: torch and a plain Llama of transformers, in one file to read, or to copy into your own project.
+"""The method by hand: torch and a plain Llama of transformers, in one file to read, or to copy into your own project::
 
     python -m hat_lib.by_hand --checkpoint default --capacity 0.7    # beside the library, which only `main` imports;
                                                                      # or --train: routers learn for two minutes
@@ -90,7 +90,7 @@ def read(folder, capacity):
 
 
 def consult(h, gate):
-    """How much leaving scores above staying, ``[...]``, and ``h [..., D]`` as it leaves: h + |h| (a n + U V n + b)."""
+    """What leaving scores above staying, ``[...]``, and ``h [..., D]`` as it leaves: ``h + |h| (a n + U V n + b)``."""
     n = F.rms_norm(h, h.shape[-1:])
     stay, leave = (n @ gate["gate.weight"].T + gate["gate.bias"]).unbind(-1)
     change = gate["scale"] * n + n @ gate["reduce.weight"].T @ gate["expand.weight"].T + gate["shift"]

@@ -61,13 +61,13 @@ class Price:
     """Perplexity over the base's that a checkpoint was measured at, on one text, without exits."""
 
     text: str
-    capacity: float  # requested
+    capacity: float  #: requested
     realised: float
-    increase: float  # perplexity / the base's, less 1
-    low: float | None  # with `high` its 95 % interval; None on too little text
+    increase: float  #: perplexity / the base's, less 1
+    low: float | None  #: with `high` its 95 % interval; None on too little text
     high: float | None
     base_perplexity: float
-    tokens: int  # number of scored tokens
+    tokens: int  #: number of scored tokens
 
     def __post_init__(self):
         check_capacity(self.capacity)
@@ -80,11 +80,11 @@ class Checkpoint:
     """What a checkpoint folder holds."""
 
     config: HatConfig
-    base: str  # the name to load the base by: "bundled", a Hub id or a folder
+    base: str  #: the name to load the base by: "bundled", a Hub id or a folder
     base_fingerprint: str
-    tensors: dict[str, Tensor] = field(default_factory=dict)  # trained parameters by name, fp32
+    tensors: dict[str, Tensor] = field(default_factory=dict)  #: trained parameters by name, fp32
     calibration: Calibration | None = None
-    training: dict | None = None  # summary of the run that trained it, any JSON object
+    training: dict | None = None  #: summary of the run that trained it, any JSON object
     prices: list[Price] = field(default_factory=list)
 
     def check_base(self, base: Base, folder: str | Path) -> None:

@@ -1,9 +1,9 @@
 """What a HAT is: one frozen dataclass, the words it uses, and where files live.
 
-``capacity``   executed / routable work, in [0.1, 1.0]; 1.0 runs everything.
-``exit_rate``  requested share of tokens that leave before the last layer, in [0, 1]; 0 is off.
-``granularity``  what a router decides about, per token: ``channel`` (an input channel of a linear layer; the default)
-or ``token`` (the whole FFN; the published method).
+- ``capacity``: executed / routable work, in [0.1, 1.0]; 1.0 runs everything.
+- ``exit_rate``: requested share of tokens that leave before the last layer, in [0, 1]; 0 is off.
+- ``granularity``: what a router decides about, per token: ``channel`` (an input channel of a linear layer; the default)
+  or ``token`` (the whole FFN; the published method).
 """
 
 from __future__ import annotations
@@ -148,16 +148,21 @@ def scaled_exits(n_layers: int) -> tuple[int, ...]:
 
 @dataclass(frozen=True)
 class HatConfig:
-    """The method's shape on one base. Everything here is saved in a checkpoint's ``hat_config.json``."""
+    """The method's shape on one base. Everything here is saved in a checkpoint's ``hat_config.json``.
+
+    >>> HatConfig.published(load_base("random:tiny"))
+    HatConfig(n_layers=4, granularity='token', exit_layers=(1, 2, 3), capacity=0.55, exit_rate=0.0, translator_rank=1,
+    protected_tokens=2, correction_rank=None)
+    """
 
     n_layers: int
-    granularity: str = "channel"  # one of `hat_lib.method.grain.GRAINS`
-    exit_layers: tuple[int, ...] = ()  # depths at which a token may leave, after so many layers; 1 .. n_layers - 1
-    capacity: float = 0.75  # of a freshly loaded model
-    exit_rate: float = 0.0  # of a freshly loaded model
-    translator_rank: int = 1  # of the correction that an exiting hidden state gets, besides a diagonal one and a bias
-    protected_tokens: int = 2  # at the start of each document, which run in full and never exit (attention sinks)
-    correction_rank: int | None = None  # of the corrections for what is skipped; 0: constant vectors; None: none
+    granularity: str = "channel"  #: one of `hat_lib.method.grain.GRAINS`
+    exit_layers: tuple[int, ...] = ()  #: depths at which a token may leave, after so many layers; 1 .. n_layers - 1
+    capacity: float = 0.75  #: of a freshly loaded model
+    exit_rate: float = 0.0  #: of a freshly loaded model
+    translator_rank: int = 1  #: of the correction that an exiting hidden state gets, besides a diagonal one and a bias
+    protected_tokens: int = 2  #: at the start of each document, which run in full and never exit (attention sinks)
+    correction_rank: int | None = None  #: of the corrections for what is skipped; 0: constant vectors; None: none
 
     def __post_init__(self):
         layers = check_count("n_layers", self.n_layers, 1)

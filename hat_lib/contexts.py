@@ -145,7 +145,13 @@ class Contexts:
 
     @contextmanager
     def at(self, capacity: float | None = None, exit_rate: float | None = None) -> Iterator[Self]:
-        """Another capacity and exit rate; None leaves what is set."""
+        """Another capacity and exit rate; None leaves what is set.
+
+        >>> with hat.at(0.5):
+        ...     logits = hat.lm(torch.tensor(rows["input_ids"][:7])).logits
+        >>> f"{hat.trace.capacity:.1f} of the work, for {hat.trace.real.sum()} tokens"
+        '0.5 of the work, for 896 tokens'
+        """
         with self.changed():
             if capacity is not None:
                 self.capacity = capacity

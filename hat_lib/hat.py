@@ -1,4 +1,4 @@
-"""HierarchicalTransformer: routers and exit gates fitted onto a frozen base.
+"""HierarchicalTransformer: routers and exit gates fitted onto a frozen base::
 
     hat = HierarchicalTransformer.from_pretrained("default")
     hat.capacity = 0.75
@@ -56,6 +56,10 @@ class HierarchicalTransformer(Contexts, nn.Module):
         calibration: thresholds for any capacity; without it only capacity 1.0 and policies of your own are possible.
 
     Raises `HatError`, and leaves the base as it was, if these do not fit each other, or the base is already adapted.
+
+    >>> hat = HierarchicalTransformer(base, HatConfig.default(base))
+    >>> hat.lm is base.model, hat.capacity
+    (True, 1.0)
     """
 
     def __init__(self, base: Base, config: HatConfig, calibration: Calibration | None = None):
@@ -146,6 +150,7 @@ class HierarchicalTransformer(Contexts, nn.Module):
         )
 
     def forward(self, *args, **kwargs):
+        """Raises `HatError`: ``hat.lm`` is what one calls."""
         raise HatError("a HierarchicalTransformer is not called itself: call hat.lm, a LlamaForCausalLM")
 
     def _check_loaded(self) -> None:
@@ -353,6 +358,10 @@ class HierarchicalTransformer(Contexts, nn.Module):
             dtype, device: for the base; see `load_base`.
 
         Raises `HatError` if a file, a key, a shape or the base is not as expected; a given base is left as it was.
+
+        >>> hat.save_pretrained("mine")
+        >>> HierarchicalTransformer.from_pretrained("mine").config == hat.config
+        True
         """
         checkpoint = read_checkpoint(folder)
         if not isinstance(base, Base):

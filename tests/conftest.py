@@ -14,6 +14,9 @@ import pytest
 import torch
 from tiny_runs import KINDS, active, tiny
 
+# Kills, alarms and limits of POSIX.
+collect_ignore = [] if os.name == "posix" else ["soak"]
+
 HERE = ("localhost", "0.0.0.0", "::", "::1", socket.gethostname())
 
 torch.set_num_threads(min(2, torch.get_num_threads()))

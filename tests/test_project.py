@@ -87,6 +87,16 @@ def test_what_lies_beside_the_modules_is_packaged():
     assert packaged and {path for path in files if path.suffix != ".py"} == packaged
 
 
+def test_every_module_is_in_the_api_reference():
+    listed = [
+        m
+        for page in (REPO / "docs/api").glob("*.md")
+        for m in re.findall(r"^- `(hat_lib\S+)`$", page.read_text(), re.M)
+    ]
+    parts = [path.relative_to(REPO).with_suffix("").parts for path in (REPO / "hat_lib").rglob("*.py")]
+    assert sorted(listed) == sorted(".".join(p) for p in parts if "cli" not in p and not p[-1].startswith("__"))
+
+
 def test_versions_agree():
     citation = yaml.safe_load((REPO / "CITATION.cff").read_text())
     newest = re.search(r"^#+ \[?(\d[\d.]+)", (REPO / "CHANGELOG.md").read_text(), re.M)

@@ -159,8 +159,11 @@ def interrupt_at(monkeypatch, *steps: tuple[str, int], by=signal.SIGINT) -> None
 
 # Processes. A fork server has done the imports, which take seconds, and has run nothing yet that a fork would break.
 
-_context = multiprocessing.get_context("forkserver")
-_context.set_forkserver_preload(["hat_lib.training.run", "hat_lib.cli.app", "soak.kills"])
+if "forkserver" in multiprocessing.get_all_start_methods():
+    _context = multiprocessing.get_context("forkserver")
+    _context.set_forkserver_preload(["hat_lib.training.run", "hat_lib.cli.app", "soak.kills"])
+else:
+    _context = multiprocessing.get_context("spawn")
 
 
 def start(target, *args):

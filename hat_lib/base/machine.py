@@ -15,7 +15,7 @@ class Machine:
     device: str
     dtype: str
     threads: int
-    cpu: str  # its name, as the system gives it
+    cpu: str  #: its name, as the system gives it
 
 
 def machine(base: Base) -> dict:

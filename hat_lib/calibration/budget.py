@@ -35,8 +35,8 @@ SLICE = 128  # rows of logits held at once
 class HeadPoint(NamedTuple):
     """A way to run the head."""
 
-    share: float  # of its work, shortlist included
-    kl: float  # nats per token
+    share: float  #: of its work, shortlist included
+    kl: float  #: nats per token
     threshold: float
     margin: float
 

@@ -87,6 +87,9 @@ def calibrate(
         text: what the blocks are, kept in the checkpoint.
 
     Raises `HatError` for a text with fewer than 256 tokens, or whose scores are all equal.
+
+    >>> calibration = calibrate(hat, rows["input_ids"], progress=False)
+    >>> hat.capacity = 0.6
     """
     if split not in SPLITS:
         raise HatError(f"split must be {' or '.join(SPLITS)}, got {split!r}")

@@ -61,9 +61,9 @@ def forwards(hat, blocks: Iterable[Tensor], label: str = "", progress: bool = Fa
 class ScoreQuantiles(NamedTuple):
     """The dense model's scores, as a threshold for each share to keep."""
 
-    tables: dict[tuple[int, str], np.ndarray]  # scores at evenly spaced quantiles, by (layer, site)
+    tables: dict[tuple[int, str], np.ndarray]  #: scores at evenly spaced quantiles, by (layer, site)
     tokens: int
-    scores: int  # drawn at the site with most of them, from so many tokens
+    scores: int  #: drawn at the site with most of them, from so many tokens
 
     def threshold(self, key: tuple[int, str], share: float) -> float:
         """The threshold that keeps ``share`` of a site's scores."""

@@ -1,4 +1,4 @@
-"""AdaptiveInference: text at a capacity, at a target speedup, or exactly the base's.
+"""AdaptiveInference: text at a capacity, at a target speedup, or exactly the base's::
 
     infer = AdaptiveInference(hat)
     infer.generate("The future of AI is", capacity=0.62)
@@ -127,6 +127,10 @@ class AdaptiveInference:
         hat: each call leaves it at the capacity and exit rate it had.
         versus: what speedups are relative to: "dense", our own dense path, or "hf", plain transformers, for which a
             second copy of the base is loaded when first needed.
+
+    >>> out = AdaptiveInference(hat).generate(["One prompt", "and another"], max_new_tokens=4, capacity=0.5)
+    >>> out.ids.shape, out.new_tokens, out.requested_capacity
+    (torch.Size([2, 15]), 8, 0.5)
     """
 
     def __init__(self, hat, versus: str = "dense"):

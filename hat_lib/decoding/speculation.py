@@ -1,4 +1,4 @@
-"""Self-speculative decoding, for exactly the base's text: the adaptive model drafts, its own dense base verifies.
+"""Self-speculative decoding, for exactly the base's text: the adaptive model drafts, its own dense base verifies::
 
     hat.lm.generate(ids, custom_generate=Speculation(hat))
 

@@ -2,7 +2,7 @@
 
 A text of another kind than calibration's realises a little more or less than was asked for, in the layers and in the
 head. Each sequence has an offset, and ``exp(offset)`` multiplies the thresholds of its layers, which make up for the
-head, too. After each forward of ``n`` tokens
+head, too. After each forward of ``n`` tokens::
 
     offset += (executed - asked) * (1 - (1 - gain * slope) ** n) / slope
 

@@ -1,10 +1,10 @@
 """A base packed for the engine: each product's weights once more, transposed so that a channel is a row; beside them
 routers, gates and corrections.
 
-``base``  the base's own numbers, float32 or bfloat16.
-``int8``  eight bits, -127..127, with one scale per output, the largest magnitude of its row over 127.
-``q4``    four bits, ``D (d (q - 8) + 4 m)``: q in 0..15; d in eight bits and m in sixteen for each output and 32
-          channels, and D in float32 for each output. For a base that was in Q4_1 before, its own blocks.
+- ``base``: the base's own numbers, float32 or bfloat16.
+- ``int8``: eight bits, -127..127, with one scale per output, the largest magnitude of its row over 127.
+- ``q4``: four bits, ``D (d (q - 8) + 4 m)``: q in 0..15; d in eight bits and m in sixteen for each output and 32
+  channels, and D in float32 for each output. For a base that was in Q4_1 before, its own blocks.
 
 In ``int8`` and ``q4`` the head has eight bits, with a scale for each output and 32 channels: for a head that was in
 Q8_0 before, its own. Its preview has four bits. Outputs are in `hat_lib.engine.integers.tile_order`. Of four bits there

@@ -50,8 +50,8 @@ class Point(NamedTuple):
     max_tokens: int
     capacity: float
     exit_rate: float
-    variant: str  # one of `VARIANTS`
-    seed: int = 0  # of random draws
+    variant: str  #: one of `VARIANTS`
+    seed: int = 0  #: of random draws
 
 
 KEY = Point._fields

@@ -21,8 +21,8 @@ NONE = f"no interval: it takes at least {FEWEST} blocks"
 class Units(NamedTuple):
     """What is drawn together, with replacement."""
 
-    blocks: list[np.ndarray]  # numbers of the blocks of each unit
-    drawn: int  # number of units that make a text as long as this one
+    blocks: list[np.ndarray]  #: numbers of the blocks of each unit
+    drawn: int  #: number of units that make a text as long as this one
 
 
 def units(documents: Sequence) -> Units:

@@ -28,13 +28,13 @@ class TaskRow:
     """One metric of one task; standard errors are the harness's, or None if it has none."""
 
     task: str
-    metric: str  # the harness's name, with its filter if there is one, such as acc or exact_match (strict-match)
+    metric: str  #: the harness's name, with its filter if there is one, such as acc or exact_match (strict-match)
     base: float
     base_stderr: float | None
     value: float
     stderr: float | None
     samples: int
-    data_hash: str  # beginning of the SHA-256 of all samples, prompts and targets
+    data_hash: str  #: beginning of the SHA-256 of all samples, prompts and targets
 
 
 def load_tasks(names: Sequence[str], folder: str | Path = TASKS) -> dict:

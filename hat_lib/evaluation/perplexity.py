@@ -32,16 +32,16 @@ SLICE = 128  # rows of logits held at once in fp32: 25 MB for a vocabulary of 49
 class Score:
     """How well a model predicts a text of ``n`` blocks, and what it spent: realised, over all real tokens it ran."""
 
-    nll: np.ndarray  # negative log-likelihood of each block, nats, fp64 ``[n]``
-    tokens: np.ndarray  # scored tokens of each block, int64 ``[n]``
-    documents: Sequence | None = None  # that each block belongs to; None if each is a document of its own
+    nll: np.ndarray  #: negative log-likelihood of each block, nats, fp64 ``[n]``
+    tokens: np.ndarray  #: scored tokens of each block, int64 ``[n]``
+    documents: Sequence | None = None  #: that each block belongs to; None if each is a document of its own
     capacity: float = 1.0
     exit_rate: float = 0.0
     model_share: float = 1.0
-    layer_capacity: float = 1.0  # `capacity` without the head
-    exits: np.ndarray | None = None  # real tokens by layers run, int64 ``[L + 1]``; None for a plain model
-    top1: float | None = None  # share of tokens with the base's most likely next token; None if the base did not run
-    kl: float | None = None  # KL(base || adaptive), nats per token
+    layer_capacity: float = 1.0  #: `capacity` without the head
+    exits: np.ndarray | None = None  #: real tokens by layers run, int64 ``[L + 1]``; None for a plain model
+    top1: float | None = None  #: share of tokens with the base's most likely next token; None if the base did not run
+    kl: float | None = None  #: KL(base || adaptive), nats per token
 
     @property
     def perplexity(self) -> float:
@@ -57,16 +57,16 @@ class Score:
 class Comparison:
     """Perplexity of an adaptive model against its base, on the same tokens."""
 
-    increase: float  # ppl / base_ppl - 1
+    increase: float  #: ppl / base_ppl - 1
     low: float
-    high: float  # 95 % confidence interval of the increase; nan below six blocks
+    high: float  #: 95 % confidence interval of the increase; nan below six blocks
     base_ppl: float
     ppl: float
     tokens: int
     n_blocks: int
 
     def ends(self, name: str = "increase") -> dict[str, float]:
-        """The increase and its interval as columns of a table: ``name``, ``name``_low and ``name``_high."""
+        """The increase and its interval as columns of a table: ``name``, ``name_low`` and ``name_high``."""
         return {name: self.increase, f"{name}_low": self.low, f"{name}_high": self.high}
 
 
@@ -210,9 +210,9 @@ class Perplexity:
     base_ppl: float
     increase: float
     increase_low: float | None
-    increase_high: float | None  # 95 % paired interval; None below six blocks
-    top1: float  # share of tokens with the base's most likely next token
-    kl: float  # KL(base || variant), nats per token
+    increase_high: float | None  #: 95 % paired interval; None below six blocks
+    top1: float  #: share of tokens with the base's most likely next token
+    kl: float  #: KL(base || variant), nats per token
 
 
 def columns(base: Score, found: Score) -> dict:

@@ -40,7 +40,7 @@ class Sweep:
     own), ``realised``, ``exit_rate`` (realised), ``model_share`` (all work / the base's), ``perplexity``, ``increase``
     (over the base's, less 1), ``increase_low``, ``increase_high`` (95 % paired interval; nan below six blocks), ``kl``
     (base || adaptive, nats per token), ``top1`` (share of tokens with the base's most likely next token)"""
-    heading: str  # base, text, and how much of it was measured
+    heading: str  #: base, text, and how much of it was measured
 
     def __str__(self) -> str:
         table = self.frame.to_string(index=False, float_format="{:.4f}".format)
@@ -77,6 +77,10 @@ def sweep(
 
     Raises `HatError` for a bad argument before anything is run, and inside ``hat.using(...)``. Warns where nothing else
     can do the work of a policy.
+
+    >>> found = sweep(hat, rows, [1.0, 0.5], progress=False)
+    >>> found.frame["realised"].round(1).tolist()
+    [1.0, 0.5]
     """
     if hat.controlled:
         raise HatError("inside hat.using(...) no capacity is realised: leave it, and pass policies={name: policy}")

@@ -1,9 +1,9 @@
-"""A text token by token: what each token ran in each layer, and what base and adaptive model predict there.
+"""A text token by token: what each token ran in each layer, and what base and adaptive model predict there::
 
     table = explain(hat, "The future of AI is")  # a notebook shows it as coloured text, `print` does so in a terminal
     table = token_table(hat, load_text("docstrings", hat.base.tokenizer))
 
-Two predictions meet at a token, so names end in the one they are about:
+Two predictions meet at a token, so names end in the one they are about::
 
     ..._of_token  this token, predicted at the position before it, so from what the previous token executed
     ..._of_next   the token after it, predicted from this one's own state: what its own work was spent on
@@ -41,16 +41,16 @@ class TokenTable:
     ``class`` (see `token_classes.CLASSES`), ``protected``, ``share`` (executed share, mean over the layers it entered),
     ``model_share`` (all its work / the base's), ``exit_layer`` (layers it entered), ``left`` (before the last layer),
     and `LOSSES`, each ``_of_token`` (nan at the start of a text) and ``_of_next`` (nan at the end of a block)"""
-    share: np.ndarray = field(repr=False)  # of each layer, fp32 ``[L, N]``; nan in layers the token did not enter
-    site_share: np.ndarray = field(repr=False)  # the same for each site, ``[L, S, N]``
+    share: np.ndarray = field(repr=False)  #: of each layer, fp32 ``[L, N]``; nan in layers the token did not enter
+    site_share: np.ndarray = field(repr=False)  #: the same for each site, ``[L, S, N]``
     sites: tuple[str, ...]
     requested_capacity: float
     requested_exit_rate: float
-    capacity: float  # realised over these tokens, like the next three
+    capacity: float  #: realised over these tokens, like the next three
     exit_rate: float
     model_share: float
     layer_capacity: float
-    # The likeliest next tokens of the base and of the adaptive model, ``[2, N, LIKELIEST]``, and their probabilities.
+    #: The likeliest next tokens of the base and of the adaptive model, ``[2, N, LIKELIEST]``, and their probabilities.
     next_ids: np.ndarray = field(repr=False)
     next_p: np.ndarray = field(repr=False)
 
@@ -76,7 +76,12 @@ class TokenTable:
 @torch.no_grad()
 def explain(hat: HierarchicalTransformer, prompt: str, *, max_new_tokens: int = 0) -> TokenTable:
     """The table of a prompt and of its greedy continuation, for ``hat`` as it is set; `HatError` if they are empty or
-    exceed the base's context."""
+    exceed the base's context.
+
+    >>> table = explain(hat, "The old keeper")
+    >>> "".join(table.tokens["text"]), table.share.shape
+    ('The old keeper', (4, 14))
+    """
     check_count("max_new_tokens", max_new_tokens, 0)
     ids = torch.tensor([prompt_ids(hat, prompt)], device=hat.base.device)
     context = hat.lm.config.max_position_embeddings

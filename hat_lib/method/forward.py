@@ -28,15 +28,15 @@ class Forward:
 
     setting: Setting
     grain: Grain
-    routers: nn.ModuleDict  # by "{layer}_{site}", like corrections
-    gates: nn.ModuleDict  # by depth
+    routers: nn.ModuleDict  #: by "{layer}_{site}", like corrections
+    gates: nn.ModuleDict  #: by depth
     corrections: nn.ModuleDict
     in_layers: bool = False
-    trace: Trace | None = None  # from when its layers begin, like the cache
+    trace: Trace | None = None  #: from when its layers begin, like the cache
     cache: Cache | None = None
     any_protected: bool = False
-    last_only: bool = False  # whether a prompt's tokens but the last get only K and V in the last layer
-    reading: Reading | None = None  # what its head reads, if that has a shortlist
+    last_only: bool = False  #: whether a prompt's tokens but the last get only K and V in the last layer
+    reading: Reading | None = None  #: what its head reads, if that has a shortlist
 
     @property
     def rows(self) -> Tensor | None:

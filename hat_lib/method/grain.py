@@ -1,7 +1,7 @@
 """Grains: what a router decides about, per token.
 
-``channel``  each input channel of every linear layer (the default); matrices that read the same input share a decision
-``token``    the whole FFN (the published method)
+- ``channel``: each input channel of every linear layer (the default); matrices that read the same input share it
+- ``token``: the whole FFN (the published method)
 
 All else asks a `Grain`: where it decides, in what shape, which routers score, what replaces what is skipped. Another
 one is a subclass in `GRAINS`, with a recipe in `hat_lib.training.recipe`: see `tests/method/test_third_grain.py`.
@@ -29,7 +29,7 @@ class Grain:
     """
 
     name: str
-    sites: tuple[str, ...]  # of `SITES`, in the order in which a layer reaches them
+    sites: tuple[str, ...]  #: of `SITES`, in the order in which a layer reaches them
     logits = False  # whether scores are logits, trained from nothing, rather than magnitudes
     scales_thresholds = False  # whether a token has a factor on its thresholds: token sensitivity and steering
     has_shortlist = False  # whether the head is calibrated as one more site (`hat_lib.method.head`)

@@ -23,9 +23,9 @@ class Reading:
     """The head under way in one forward."""
 
     thresholds: Thresholds
-    norm: Tensor  # of the head's columns, fp32 [D]
-    note: Callable[[Tensor], None]  # takes the work of each row, as a share of the head's
-    states: Tensor | None = None  # final states, [..., D], between the two hooks
+    norm: Tensor  #: of the head's columns, fp32 [D]
+    note: Callable[[Tensor], None]  #: takes the work of each row, as a share of the head's
+    states: Tensor | None = None  #: final states, [..., D], between the two hooks
 
     def keep(self, x: Tensor) -> Tensor:
         """The channels that the preview reads: bool, shaped like ``x [..., D]``."""

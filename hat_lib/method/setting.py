@@ -35,15 +35,15 @@ class ExitPolicy(Protocol):
 class Setting:
     """What a forward decides by."""
 
-    thresholds: Thresholds  # the method's own decisions
-    named: Mapping[str, object] = field(default_factory=dict)  # of `HOLDABLE`, by contexts; stay at another capacity
-    decide: Policy | None = None  # in place of the routers
-    leave: ExitPolicy | None = None  # in place of the gates
-    gain: float = 0.0  # of steering; 0 leaves thresholds where they are
-    compact: bool = True  # leave out rows that a layer does not run; else compute everything and multiply by the masks
-    record: bool = False  # keep the decisions of each forward
-    engine: bool | None = None  # may the engine run forwards of a few tokens? None: in generate alone; False: never
-    weight_format: str = "base"  # of the engine's copy of the weights
+    thresholds: Thresholds  #: the method's own decisions
+    named: Mapping[str, object] = field(default_factory=dict)  #: of `HOLDABLE`, by contexts; stay at another capacity
+    decide: Policy | None = None  #: in place of the routers
+    leave: ExitPolicy | None = None  #: in place of the gates
+    gain: float = 0.0  #: of steering; 0 leaves thresholds where they are
+    compact: bool = True  #: leave out rows that a layer does not run; else compute everything and multiply by the masks
+    record: bool = False  #: keep the decisions of each forward
+    engine: bool | None = None  #: may the engine run forwards of a few tokens? None: in generate alone; False: never
+    weight_format: str = "base"  #: of the engine's copy of the weights
 
     @property
     def controlled(self) -> bool:

@@ -24,16 +24,16 @@ class Thresholds(NamedTuple):
     """What scores are compared with, on the reference path and in the engine: a unit runs, a token leaves, if its score
     is above. -inf keeps everything, as the dense model does, and +inf lets nobody leave."""
 
-    capacity: float  # as requested
-    exit_rate: float  # as requested
-    layer_capacity: float  # what the capacity leaves for the layers, if the head takes a part of it
-    site: np.ndarray  # of each layer and site, fp32 [L, S]
-    sensitivity: np.float32  # strength of token sensitivity
-    exit: np.ndarray  # of each gate, fp32 [E]
-    correction: np.float32  # strength of the corrections; 0 for none
-    head: np.float32  # of the channels that the head's preview reads; -inf reads the head in full
-    margin: np.float32  # nats below the best preview within which a token's logit is read in full
-    head_share: float  # expected share of the head's work, for a forward whose logits nobody asked for
+    capacity: float  #: as requested
+    exit_rate: float  #: as requested
+    layer_capacity: float  #: what the capacity leaves for the layers, if the head takes a part of it
+    site: np.ndarray  #: of each layer and site, fp32 [L, S]
+    sensitivity: np.float32  #: strength of token sensitivity
+    exit: np.ndarray  #: of each gate, fp32 [E]
+    correction: np.float32  #: strength of the corrections; 0 for none
+    head: np.float32  #: of the channels that the head's preview reads; -inf reads the head in full
+    margin: np.float32  #: nats below the best preview within which a token's logit is read in full
+    head_share: float  #: expected share of the head's work, for a forward whose logits nobody asked for
 
     @classmethod
     def dense(cls, layers: int, sites: int, exits: int) -> Self:
@@ -72,19 +72,19 @@ class Thresholds(NamedTuple):
 class Calibration:
     """What `hat_lib.calibration.capacity` measured; saved in the checkpoint as JSON."""
 
-    sites: list[str]  # of the grain, S
-    capacities: list[float]  # realised capacities, rising to 1.0, [C]
-    thresholds: list[list[list[float]]]  # score threshold of each site there, never rising with capacity, [L, S, C]
-    shares: list[list[list[float]]]  # mean share that each site kept there, [L, S, C]
-    method: str = "damage"  # how the budget was split over sites: see `hat_lib.calibration.capacity.SPLITS`
-    exit_capacities: list[float] | None = None  # where exits were measured, [K]; None, as below, with untrained gates
-    exit_rates: list[list[float]] | None = None  # realised exit rates at each, rising, [K, R]
-    exit_scores: list[list[list[float]]] | None = None  # gate thresholds there, [K, R, E]
-    head_thresholds: list[float] | None = None  # of the head's channels, [C]; None, as below, for a head read in full
-    head_margins: list[float] | None = None  # nats below the best preview within which a token is read in full, [C]
-    head_shares: list[float] | None = None  # mean share of the head's work, shortlist included, [C]
-    sensitivity: list[float] | None = None  # how strongly token sensitivity acts at each capacity, [C]; None for 1
-    text: str = ""  # what it was measured on: corpus, split, tokens and hash
+    sites: list[str]  #: of the grain, S
+    capacities: list[float]  #: realised capacities, rising to 1.0, [C]
+    thresholds: list[list[list[float]]]  #: score threshold of each site there, never rising with capacity, [L, S, C]
+    shares: list[list[list[float]]]  #: mean share that each site kept there, [L, S, C]
+    method: str = "damage"  #: how the budget was split over sites: see `hat_lib.calibration.capacity.SPLITS`
+    exit_capacities: list[float] | None = None  #: where exits were measured, [K]; None, as below, with untrained gates
+    exit_rates: list[list[float]] | None = None  #: realised exit rates at each, rising, [K, R]
+    exit_scores: list[list[list[float]]] | None = None  #: gate thresholds there, [K, R, E]
+    head_thresholds: list[float] | None = None  #: of the head's channels, [C]; None, as below, for a head read in full
+    head_margins: list[float] | None = None  #: nats below the best preview within which a token is read in full, [C]
+    head_shares: list[float] | None = None  #: mean share of the head's work, shortlist included, [C]
+    sensitivity: list[float] | None = None  #: how strongly token sensitivity acts at each capacity, [C]; None for 1
+    text: str = ""  #: what it was measured on: corpus, split, tokens and hash
 
     def shares_at(self, capacity: float) -> np.ndarray:
         """Expected kept share per layer and site, ``[L, S]``."""

@@ -19,7 +19,7 @@ class Masks:
 
     keep: dict[tuple[int, str], Tensor] = field(default_factory=dict)
     """by layer and site, bool ``[B, T, units]``, or ``[B, T]`` for the whole FFN; False for rows that had exited"""
-    exits: dict[int, Tensor] = field(default_factory=dict)  # bool [B, T], by exit: which tokens left there
+    exits: dict[int, Tensor] = field(default_factory=dict)  #: bool [B, T], by exit: which tokens left there
 
     def map(self, change) -> Self:
         """The same decisions with ``change`` applied to each ``[B, T, ...]`` tensor (slice, index, pad)."""
@@ -46,31 +46,31 @@ class Masks:
 class Trace:
     """Which tokens still run, where each one left, and what share of each layer it ran."""
 
-    real: Tensor  # bool [B, T], False at padding
-    position: Tensor  # int64 [B, T], rank among the real tokens of its document
-    protected: Tensor  # bool [B, T], tokens that run in full and never exit
-    site_work: Sequence[float]  # work of each site of a layer, as a fraction of the layer's routable work [S]
+    real: Tensor  #: bool [B, T], False at padding
+    position: Tensor  #: int64 [B, T], rank among the real tokens of its document
+    protected: Tensor  #: bool [B, T], tokens that run in full and never exit
+    site_work: Sequence[float]  #: work of each site of a layer, as a fraction of the layer's routable work [S]
     n_layers: int
-    start: int = 0  # number of tokens already in the KV cache
+    start: int = 0  #: number of tokens already in the KV cache
     covers: str = "one forward"
     """whose tokens these are: of one forward or, after generate, of its prompt (if a single token is new), of all new
     tokens that were read, or of the last step alone (beams and drafts, whose rows are not those of the text)"""
     text: tuple[Tensor, Cache | None] | None = None
     """while the forward runs: token ids, int64 ``[B, T]`` (zeros where only embeddings are known), and the cache"""
-    mask_shapes: dict[str, tuple[int, ...]] = field(default_factory=dict)  # of a row: (units,), or () for the FFN
-    alive: Tensor | None = None  # rows (indices into B*T) that still run; None while all do
-    exit_layer: Tensor = None  # layers that each token ran, int16 [B, T]; L where it stayed to the end
+    mask_shapes: dict[str, tuple[int, ...]] = field(default_factory=dict)  #: of a row: (units,), or () for the FFN
+    alive: Tensor | None = None  #: rows (indices into B*T) that still run; None while all do
+    exit_layer: Tensor = None  #: layers that each token ran, int16 [B, T]; L where it stayed to the end
     routed: bool | Tensor = False
     gated: bool | Tensor = False
     corrected: bool | Tensor = False
     """whether routers, exit gates and corrections took part; by column, ``[T]``, where forwards are joined"""
-    steering: Tensor | None = None  # what steering multiplies thresholds by, fp32 [B*T]; None for 1
-    threshold_scale: Tensor | None = None  # that times token sensitivity, for the running rows in this layer, [n, 1]
-    masks: Masks | None = None  # the decisions themselves, under `HierarchicalTransformer.record`
-    executed: Tensor | None = None  # `site_share`, if it is known as a whole rather than site by site: from the engine
-    head_work: float | Tensor = 0.0  # of a head with a shortlist, in units of a layer's; else 0; by column if joined
+    steering: Tensor | None = None  #: what steering multiplies thresholds by, fp32 [B*T]; None for 1
+    threshold_scale: Tensor | None = None  #: that times token sensitivity, for the running rows in this layer, [n, 1]
+    masks: Masks | None = None  #: the decisions themselves, under `HierarchicalTransformer.record`
+    executed: Tensor | None = None  #: `site_share`, if it is known as a whole rather than site by site: from the engine
+    head_work: float | Tensor = 0.0  #: of a head with a shortlist, in units of a layer's; else 0; by column if joined
     expected_head_share: float = 1.0
-    head_read: Tensor | None = None  # share of each token, fp32 [B, T]; nan where its logits were not read
+    head_read: Tensor | None = None  #: share of each token, fp32 [B, T]; nan where its logits were not read
     _read: tuple[float, int] = (0.0, 0)  # share, summed over the tokens whose logits were read, and their number
 
     def __post_init__(self):

@@ -5,9 +5,10 @@ A block never spans two documents. With a ``stride`` below ``block_size`` the bl
 perplexity of transformers' documentation). The tokenizer's own special tokens are kept, such as a leading BOS.
 
 Sources:
-    bundled, addresses, docstrings, encyclopedia, news, reserve   see `hat_lib.text.corpora`
-    a .txt or .md file (one document), a .jsonl (field "text") or .parquet (column "text")
-    a Hub dataset, ``owner/name`` or ``owner/name:config``, streamed; field "text"
+
+- bundled, addresses, docstrings, encyclopedia, news, reserve: see `hat_lib.text.corpora`
+- a .txt or .md file (one document), a .jsonl (field "text") or .parquet (column "text")
+- a Hub dataset, ``owner/name`` or ``owner/name:config``, streamed; field "text"
 
 A file is split by document, 90 / 5 / 5 % in the order of the SHA-256 of the text, so equal texts stay together. With
 fewer than three distinct documents, each is split by position: 90 % of its characters are train, the next 5 %
@@ -57,6 +58,10 @@ def load_text(
     Returns rows ``input_ids`` (list of 2 to block_size ints), ``doc`` (document id) and ``n_context`` (int). Raises
     `HatError` for an unknown source or split, an unreadable file, a document too long to tokenise at once, fewer than
     two tokens in all, a bad size, or a Hub that cannot be reached.
+
+    >>> rows = load_text("docstrings", base.tokenizer, block_size=128, max_tokens=1000)
+    >>> [len(ids) for ids in rows["input_ids"]]
+    [128, 128, 128, 128, 128, 128, 128, 104]
     """
     stride = block_size if stride is None else stride
     check_count("block_size", block_size, 2)

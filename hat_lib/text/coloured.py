@@ -34,9 +34,9 @@ class Passage:
     """A text to colour."""
 
     title: str
-    tokens: Sequence[str]  # as from `token_classes.pieces`: one without text is part of the next one's character
-    values: Sequence[float]  # each token's number; nan leaves it uncoloured
-    mark: int | None = None  # a token to mark: in bold and underlined, in a picture framed
+    tokens: Sequence[str]  #: as from `token_classes.pieces`: one without text is part of the next one's character
+    values: Sequence[float]  #: each token's number; nan leaves it uncoloured
+    mark: int | None = None  #: a token to mark: in bold and underlined, in a picture framed
 
 
 class Piece(NamedTuple):
@@ -44,7 +44,7 @@ class Piece(NamedTuple):
 
     text: str
     style: Style = Style.null()
-    at: float = math.nan  # position on the scale, 0-1; nan: not coloured
+    at: float = math.nan  #: position on the scale, 0-1; nan: not coloured
     numbers: str = ""
 
 

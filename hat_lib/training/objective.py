@@ -1,10 +1,10 @@
 """Objective: what one training step minimises, in each phase.
 
-routers   KL(base || routed) on the same tokens, at a capacity sampled for this step; plus the budget and, for the token
-          grain, the regularisers. Gates are off.
-exit      routers are frozen and decide as in use. At each exit depth some tokens are translated and read by the base's
-          norm and head: translators learn from the KL, gates from whether the exit's next token is the base's. The
-          published method also penalises sampled decisions to leave where it is wrong, and too many or few of them.
+- ``routers``: KL(base || routed) on the same tokens, at a capacity sampled for this step; plus the budget and, for the
+  token grain, the regularisers. Gates are off.
+- ``exit``: routers are frozen and decide as in use. At each exit depth some tokens are translated and read by the
+  base's norm and head: translators learn from the KL, gates from whether the exit's next token is the base's. The
+  published method also penalises sampled decisions to leave where it is wrong, and too many or few of them.
 
 No labels are used: a language-modelling loss would lower perplexity by learning the corpus, hiding what skipping costs.
 All randomness is a function of (seed, step, sample): two processes, or a resumed run, do what one process does.

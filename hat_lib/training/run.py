@@ -52,9 +52,9 @@ class Run:
     base: str
     recipe: Recipe
     dtype: str = "bf16"
-    start: str | None = None  # checkpoint to start from: calibrated and, for phase "exit", with trained routers
+    start: str | None = None  #: checkpoint to start from: calibrated and, for phase "exit", with trained routers
     translator_rank: int = HatConfig.translator_rank
-    correction_rank: int | None = None  # of corrections; None: those of ``start``, if it has any
+    correction_rank: int | None = None  #: of corrections; None: those of ``start``, if it has any
     max_steps: int = -1
     command: str = ""
 

@@ -43,8 +43,8 @@ class Outcome:
     step: int
     steps: int
     seconds: float
-    stopped: str  # "time", "interrupt", "terminate", or empty if it ran to the end
-    thresholds: ThresholdsAt = field(repr=False)  # of the routers in the end, their learned split included
+    stopped: str  #: "time", "interrupt", "terminate", or empty if it ran to the end
+    thresholds: ThresholdsAt = field(repr=False)  #: of the routers in the end, their learned split included
 
     @property
     def done(self) -> bool:

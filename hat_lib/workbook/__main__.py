@@ -1,4 +1,4 @@
-"""Run the workbook: papermill over the notebooks, judged by what really went wrong.
+"""Run the workbook: papermill over the notebooks, judged by what really went wrong::
 
     python -m hat_lib.workbook run [NN ...] [-p name=value]   into runs/<name>/, working tree untouched
     python -m hat_lib.workbook execute [NN ...]               redo the committed outputs and figures/

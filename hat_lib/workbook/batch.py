@@ -1,4 +1,4 @@
-"""One notebook over a grid of parameters.
+"""One notebook over a grid of parameters::
 
     grid = parse_grid(notebook, ["capacity=0.4,0.7", "seed=0,1"])
     for row in batch(notebook, grid, out, lambda tasks: local(tasks, jobs=2), threads=1):
@@ -36,21 +36,21 @@ class BatchRow:
     """How one run went; a line of ``runs.csv``, whose key is (run, attempts)."""
 
     run: str
-    status: str  # ok or failed
-    seconds: float  # of the last attempt
-    attempts: int  # so far, including those of earlier calls
-    parameters: str  # JSON object: what the grid set
-    results: str  # JSON object: what the notebook recorded
+    status: str  #: ok or failed
+    seconds: float  #: of the last attempt
+    attempts: int  #: so far, including those of earlier calls
+    parameters: str  #: JSON object: what the grid set
+    results: str  #: JSON object: what the notebook recorded
     error: str
     notebook: str
-    code: str  # hash of the notebook's code cells
+    code: str  #: hash of the notebook's code cells
 
 
 @dataclass(frozen=True)
 class Task:
     """One run, as passed to a worker."""
 
-    row: BatchRow  # as it is if the worker dies
+    row: BatchRow  #: as it is if the worker dies
     notebook: Path
     out: Path
     parameters: dict

@@ -1,4 +1,4 @@
-"""The screen as a widget: a kernel answers what it asks.
+"""The screen as a widget: a kernel answers what it asks::
 
     PlayView(hat)                              with the prompts of `screen.PRESETS`
     PlayView(hat, {"fox": ("The quick", "")})  with others: name -> a prompt, and what to look for

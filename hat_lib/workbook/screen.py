@@ -46,11 +46,11 @@ class Screen:
     def answer(self, question: Mapping) -> bytes:
         """A block about ``question["prompt"]``, as ``question["ask"]`` says:
 
-            map    what each token ran, and what both models would say next
-            texts  greedy continuations of `NEW_TOKENS` tokens, at every capacity
-            whole  both
-            forced the map at ``capacity``, but for ``cells``: ``[token, layer, site, runs]``, a site of a layer that a
-                   token runs in full (1) or not at all (0)
+        - ``map``: what each token ran, and what both models would say next
+        - ``texts``: greedy continuations of `NEW_TOKENS` tokens, at every capacity
+        - ``whole``: both
+        - ``forced``: the map at ``capacity``, but for ``cells``: ``[token, layer, site, runs]``, a site of a layer that
+          a token runs in full (1) or not at all (0)
 
         Raises `HatError` for another question, and for a prompt that is empty or too long.
         """
