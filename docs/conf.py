@@ -31,6 +31,7 @@ html_theme_options = {
     "use_download_button": False,
     "navbar_persistent": [],  # the search field is in the sidebar
 }
+html_static_path, html_css_files = ["static"], ["book.css"]
 html_extra_path = ["explore.html"]
 
 nb_execution_mode = "off"
@@ -40,6 +41,7 @@ myst_heading_anchors = 4
 
 default_role = "py:obj"
 add_module_names = False
+toc_object_entries_show_parents = "hide"
 python_maximum_signature_line_length = 100
 autodoc_member_order = "bysource"
 autodoc_default_options = {"members": True, "special-members": "__call__", "show-inheritance": True}
@@ -142,6 +144,14 @@ def short(app, what: str, name: str, obj, options, signature: str | None, return
     return signature and re.sub(r"~[\w.]+\.", "", signature.replace("<factory>", "...")), returned
 
 
+def named(app, env, node, content):
+    """What a docstring names without its module, if nothing else ends in that name."""
+    domain, name = env.get_domain("py"), node.get("reftarget", "")
+    found = [known for known in domain.objects if known.endswith(f".{name}")] if node.get("refdomain") == "py" else []
+    if len(found) == 1:
+        return domain.resolve_xref(env, node["refdoc"], app.builder, "obj", found[0], node, content)
+
+
 def finish(app, error) -> None:
     """The site begins at index.html, and every link in it leads somewhere."""
     if error or app.builder.name != "html":
@@ -163,4 +173,5 @@ def setup(app) -> None:
     app.connect("source-read", mend)
     app.connect("autodoc-process-docstring", tidy)
     app.connect("autodoc-process-signature", short)
+    app.connect("missing-reference", named)
     app.connect("build-finished", finish)

@@ -1,11 +1,11 @@
-"""The way of a token through ``hat.lm.generate``, from top to bottom::
+"""The way of a token through ``hat.lm.generate``, from top to bottom:
 
-    generate   is the engine allowed? Decided once a call: hooks, adapters or other forwards put on the base later are
-               not noticed before the next one
-    _prefill   the prompt, on the reference path, in full unless asked otherwise (_prompt)
-    _loop      greedy decoding and sampling: course after course of many tokens each, in compiled code
-    _forward   all else (beams, drafts, other processors and criteria) goes through transformers' own loop, a token at
-               a time; the engine runs those of few tokens (_step), the reference path the rest
+- ``generate``: is the engine allowed? Decided once a call: hooks, adapters or other forwards put on the base later are
+  not noticed before the next one.
+- ``_prefill``: the prompt, on the reference path, in full unless asked otherwise (``_prompt``).
+- ``_loop``: greedy decoding and sampling, course after course of many tokens each, in compiled code.
+- ``_forward``: all else (beams, drafts, other processors and criteria) goes through transformers' own loop, a token at
+  a time; the engine runs those of few tokens (``_step``), the reference path the rest.
 
 At the end, ``hat.trace`` is that of all new tokens. The engine (`hat_lib.engine`) decodes up to eight tokens at a time
 on a CPU, here and in forwards inside ``with hat.engine():``. All else is the reference path's (`hat_lib.method`).

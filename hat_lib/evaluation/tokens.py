@@ -3,10 +3,10 @@
     table = explain(hat, "The future of AI is")  # a notebook shows it as coloured text, `print` does so in a terminal
     table = token_table(hat, load_text("docstrings", hat.base.tokenizer))
 
-Two predictions meet at a token, so names end in the one they are about::
+Two predictions meet at a token, so names end in the one they are about:
 
-    ..._of_token  this token, predicted at the position before it, so from what the previous token executed
-    ..._of_next   the token after it, predicted from this one's own state: what its own work was spent on
+- ``..._of_token``: this token, predicted at the position before it, so from what the previous token executed
+- ``..._of_next``: the token after it, predicted from this one's own state: what its own work was spent on
 """
 
 from collections.abc import Mapping, Sequence

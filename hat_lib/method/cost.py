@@ -1,15 +1,15 @@
 """What a token costs: FLOPs and weight bytes, counted from what a forward actually ran.
 
-A linear layer costs two FLOPs per weight that it reads (Kaplan et al. 2020, arXiv:2001.08361, section 2.1). Parts::
+A linear layer costs two FLOPs per weight that it reads (Kaplan et al. 2020, arXiv:2001.08361, section 2.1). Parts:
 
-    attention    q, k, v and o projections, at their share
-    ffn          gate, up and down projections, at their share
-    exited_kv    K and V, dense, in each layer after the one in which a token left
-    head         the LM head, once per token, at its share; a prefill that needs only one token's logits spends less
-    routers      Grain.router_work, and a compare per channel and per token of the vocabulary for a shortlist
-    corrections  Grain.correction_work
-    exits        each gate that a token reached, and the translator of the one that it took
-    core         attention scores and mixing: 4 FLOPs per query channel and key seen; it reads no weights
+- ``attention``: q, k, v and o projections, at their share
+- ``ffn``: gate, up and down projections, at their share
+- ``exited_kv``: K and V, dense, in each layer after the one in which a token left
+- ``head``: the LM head, once per token, at its share; a prefill that needs only one token's logits spends less
+- ``routers``: `Grain.router_work`, and a compare per channel and per token of the vocabulary for a shortlist
+- ``corrections``: `Grain.correction_work`
+- ``exits``: each gate that a token reached, and the translator of the one that it took
+- ``core``: attention scores and mixing: 4 FLOPs per query channel and key seen; it reads no weights
 
 Left out, in the dense count too: norms, activations, residual sums, softmax, RoPE, biases, the one embedding row.
 """
