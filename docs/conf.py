@@ -18,7 +18,7 @@ GITHUB = "https://github.com/hat-workbook/hat-workbook"
 sys.path.insert(0, str(ROOT))
 logger = logging.getLogger(__name__)
 
-project = "HAT workbook"
+project, author = "HAT workbook", "The HAT workbook authors"
 extensions = ["myst_nb", "sphinx_copybutton", "sphinx.ext.autodoc", "sphinx.ext.viewcode"]
 root_doc = "README"
 include_patterns = ["README.md", "CHANGELOG.md", "CONTRIBUTING.md", "SECURITY.md", "data/README.md", "docs/**.md",
@@ -92,6 +92,7 @@ CHANGELOG
 SCREEN = """<iframe src="{}explore.html" title="One screen: a sentence and a dial" loading="lazy"
   style="width: 100%; height: 56rem; border: 0"></iframe>"""
 WIDGET = "application/vnd.jupyter.widget-view+json"
+BADGE = re.compile(r"!\[([^\]]*)\]\(https:[^)]*\)")  # its words instead: the site shows nothing from elsewhere
 TO_SCREEN = re.compile(r"\[([^\]]*)\]\([^()\s]*explore\.html\)")
 LINK = re.compile(r"(\]\()([^()\s#]*)(#[^()\s]*)?(?=\))")
 MODULE = re.compile(r"^- `(hat_lib\.\S+)`$", re.MULTILINE)
@@ -109,6 +110,7 @@ def mend(app, name: str, source: list[str]) -> None:
         return f"{found[1]}{GITHUB}/{'tree' if path.is_dir() else 'blob'}/main/{path.relative_to(ROOT)}"
 
     def mended(text: str) -> str:
+        text = BADGE.sub(r"\1", text)
         return LINK.sub(link, TO_SCREEN.sub(rf'<a href="{up}explore.html">\1</a>', text))
 
     up, in_notebook = "../" * name.count("/"), name.startswith("notebooks/")
