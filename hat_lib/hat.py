@@ -349,7 +349,10 @@ class HierarchicalTransformer(Contexts, nn.Module):
     # -- checkpoints -------------------------------------------------------------------------------
 
     @classmethod
-    def from_pretrained(cls, folder, base=None, *, dtype=None, device=None) -> Self:
+    def from_pretrained(
+        cls, folder: str | Path, base: Base | str | Path | None = None, *, dtype: str | torch.dtype | None = None,
+        device: str | torch.device | None = None,
+    ) -> Self:  # fmt: skip
         """Load a checkpoint onto its base.
 
         Args:
@@ -384,7 +387,7 @@ class HierarchicalTransformer(Contexts, nn.Module):
             for name, tensor in checkpoint.tensors.items():
                 parameters[name].copy_(tensor)
 
-    def save_pretrained(self, folder) -> None:
+    def save_pretrained(self, folder: str | Path) -> None:
         """Write routers, gates, config and calibration; never the base."""
         write_checkpoint(folder, self.checkpoint())
 

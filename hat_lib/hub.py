@@ -16,7 +16,10 @@ CARD_FILE = "README.md"
 BUNDLED_SOURCE = "HuggingFaceTB/SmolLM2-135M-Instruct"
 
 
-def push_to_hub(checkpoint: Checkpoint, repo_id: str, *, private=False, token=None, base_model=None) -> str:
+def push_to_hub(
+    checkpoint: Checkpoint, repo_id: str, *, private: bool = False, token: str | None = None,
+    base_model: str | None = None,
+) -> str:  # fmt: skip
     """Upload a checkpoint, with a model card, to the Hugging Face Hub; returns the commit's address.
 
     Args:

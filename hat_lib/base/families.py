@@ -44,7 +44,7 @@ def refusal(config: PreTrainedConfig) -> str | None:
     return f"{type(model).__name__} is none of {known}: {why}"
 
 
-def misfit(model) -> str | None:
+def misfit(model: nn.Module) -> str | None:
     """What the decoder layers of a model have beside the `PARTS` that are overridden, or lack; None if they fit."""
     if not hasattr(getattr(model, "model", None), "layers"):
         return "it has no model.layers"
@@ -72,7 +72,7 @@ def rotates(attention: nn.Module) -> bool:
     return bool(getattr(attention, "use_rope", True))
 
 
-def head_size(config) -> int:
+def head_size(config: PreTrainedConfig) -> int:
     """Channels of a head; not all configs name them."""
     return getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
 
@@ -83,18 +83,18 @@ def window(attention: nn.Module) -> int | None:
     return getattr(holder, "sliding_window", None)
 
 
-def linears(lm) -> list[nn.Module]:
+def linears(lm: nn.Module) -> list[nn.Module]:
     """The linear layers of all decoder layers."""
     return [layer.get_submodule(name) for layer in lm.model.layers for names in LINEARS.values() for name in names]
 
 
-def input_widths(lm_config) -> dict[str, int]:
+def input_widths(lm_config: PreTrainedConfig) -> dict[str, int]:
     """Channels of each input of a decoder layer's linear layers, C, by the keys of `LINEARS`."""
     d, heads = lm_config.hidden_size, lm_config.num_attention_heads * head_size(lm_config)
     return {"qkv": d, "o": heads, "gate_up": d, "down": lm_config.intermediate_size}
 
 
-def linear_work(lm_config) -> dict[str, int]:
+def linear_work(lm_config: PreTrainedConfig) -> dict[str, int]:
     """Weights of one decoder layer of a Llama with this config, by the input that they share."""
     widths, kv = input_widths(lm_config), lm_config.num_key_value_heads * head_size(lm_config)
     outputs = {"qkv": widths["o"] + 2 * kv, "o": widths["qkv"], "gate_up": 2 * widths["down"], "down": widths["qkv"]}

@@ -74,7 +74,10 @@ class Base:
         return device_of(self.model.get_input_embeddings())
 
 
-def load_base(name: str | Path = BUNDLED, *, dtype=None, device=None, device_map=None, offload_folder=None) -> Base:
+def load_base(
+    name: str | Path = BUNDLED, *, dtype: str | torch.dtype | None = None, device: str | torch.device | None = None,
+    device_map: str | dict | None = None, offload_folder: str | Path | None = None,
+) -> Base:  # fmt: skip
     """Load and freeze a base.
 
     Args:

@@ -21,6 +21,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 from transformers import BatchEncoding, DynamicCache, LlamaForCausalLM
+from transformers.generation.streamers import BaseStreamer
 
 from hat_lib.base.load import load_base
 from hat_lib.config import HatError, check_count
@@ -151,7 +152,7 @@ class AdaptiveInference:
         seed: int = 0,
         measure: bool | None = None,
         chat: bool = False,
-        streamer=None,
+        streamer: BaseStreamer | None = None,
         **settings,
     ) -> Generation:
         """Continue one prompt, or several as a batch. Raises `HatError` for bad input, before anything is generated.

@@ -18,6 +18,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 from tqdm.auto import tqdm
+from transformers import PreTrainedTokenizerBase
 
 from hat_lib.config import HatError, check_count, work_text
 from hat_lib.evaluation.perplexity import SLICE
@@ -101,7 +102,7 @@ def prompt_ids(hat: HierarchicalTransformer, prompt: object) -> list[int]:
     return hat.base.tokenizer(prompt, verbose=False).input_ids
 
 
-def prompt_blocks(tokenizer, prompts: Mapping[str, str]) -> list[dict]:
+def prompt_blocks(tokenizer: PreTrainedTokenizerBase, prompts: Mapping[str, str]) -> list[dict]:
     """Prompts as blocks for `token_table`, one each, with its name as ``doc``."""
     ids = {name: tokenizer(text, verbose=False).input_ids for name, text in prompts.items()}
     return [{"input_ids": found, "doc": name, "n_context": 0} for name, found in ids.items()]

@@ -87,8 +87,9 @@ def load_text(
 
 
 def held_out(
-    source: str | Path, tokenizer, tokens: int, block_size: int = 512, splits: Sequence[str] = ("train", "validation")
-) -> Dataset:
+    source: str | Path, tokenizer: PreTrainedTokenizerBase, tokens: int, block_size: int = 512,
+    splits: Sequence[str] = ("train", "validation"),
+) -> Dataset:  # fmt: skip
     """About ``tokens`` tokens that no test sees: evenly spaced blocks, in equal parts from ``splits``, or what these
     have. After training, only validation is held out. Rows and errors as in `load_text`."""
     parts = []
