@@ -69,13 +69,14 @@ def load(
     dtype: str | None = DTYPE,
 ):
     """The `HierarchicalTransformer` that a command runs."""
-    from hat_lib.base.load import load_base
+    from hat_lib.base.load import config_of, load_base
     from hat_lib.hat import HierarchicalTransformer
 
     if checkpoint is None and capacity == 1.0 and not exit_rate:
         loaded = load_base(base or "bundled", dtype=dtype)
         return HierarchicalTransformer(loaded, HatConfig.default(loaded))
     if checkpoint is None and base not in (None, "bundled"):
+        config_of(base)  # a base that is not there is what is wrong
         raise HatError(
             f"no checkpoint for {base}: make one with `hat calibrate --base {base} --save DIR` and pass --checkpoint "
             "DIR, or run everything with --capacity 1.0"

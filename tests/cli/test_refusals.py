@@ -46,6 +46,7 @@ def refuses(run_hat, tmp_path):
         ((*GO, "--refresh-speed"), "--target-speedup"),
         ((*GO, "--lossless", "--steer"), "--steer"),
         (("generate", "x", *TINY), "hat calibrate"),
+        (("generate", "x", "--base", "gone.gguf"), "unknown base 'gone.gguf'"),
         (("generate", "x", "--checkpoint", "gone"), "gone"),
         ((*EVALUATE, "--text", "no/such.md"), "no/such.md"),
         ((*EVALUATE, "--tasks-path", "."), "--tasks"),
