@@ -6,6 +6,7 @@ parameters, the optimizer's state and the number of the step, and processes unde
 that one would take with gradient accumulation.
 """
 
+import io
 import math
 import signal
 import threading
@@ -25,7 +26,6 @@ from torch.nn.utils.rnn import pad_sequence
 from tqdm.auto import tqdm
 from transformers import get_cosine_schedule_with_warmup
 
-from hat_lib.base.load import first_line
 from hat_lib.config import HatError, replaced
 from hat_lib.hat import HierarchicalTransformer
 from hat_lib.training.log import Log, extend_curve
@@ -230,11 +230,13 @@ def _save(path: Path, step: int, objective: Objective, optimizer: torch.optim.Op
     """Write what `_load` needs, in place of an older state once it is whole. Of the parameters, those that this phase
     trains, a learned split among them."""
     trained = {name: parameter.detach() for name, parameter in objective.named_parameters() if parameter.requires_grad}
+    state = io.BytesIO()  # torch itself, writing to a full disk, does not say that it is full
+    torch.save({"step": step, "trained": trained, "optimizer": optimizer.state_dict()}, state)
     try:
         with replaced(path) as written:
-            torch.save({"step": step, "trained": trained, "optimizer": optimizer.state_dict()}, written)
-    except (OSError, RuntimeError) as error:  # RuntimeError is how torch reports a full disk
-        raise HatError(f"cannot write {path}: {first_line(error)}") from error
+            written.write_bytes(state.getbuffer())
+    except OSError as error:
+        raise HatError(f"cannot write {path}: {error.strerror or error}") from error
 
 
 def _load(path: Path, objective: Objective, optimizer: torch.optim.Optimizer) -> int:
