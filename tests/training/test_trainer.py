@@ -14,7 +14,7 @@ from tiny_runs import GRAINS, PHASES, logged_steps, new_hat, random_blocks, run_
 from hat_lib.base.load import exact_hash
 from hat_lib.config import HatError
 from hat_lib.evaluation.perplexity import score_each
-from hat_lib.training import losses, trainer
+from hat_lib.training import losses
 from hat_lib.training.log import CAPACITIES, extend_curve, seconds_so_far
 from hat_lib.training.objective import Objective, nominal_thresholds
 from hat_lib.training.recipe import Recipe
