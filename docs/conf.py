@@ -43,7 +43,7 @@ default_role = "py:obj"
 add_module_names = False
 toc_object_entries_show_parents = "hide"
 python_maximum_signature_line_length = 100
-autodoc_member_order = "bysource"
+autodoc_member_order, autodoc_preserve_defaults = "bysource", True
 autodoc_default_options = {"members": True, "special-members": "__call__", "show-inheritance": True}
 
 PACKAGES = re.findall(r"\]\((\w+)\.md\)", (ROOT / "docs/api/index.md").read_text(encoding="utf-8"))
