@@ -98,5 +98,5 @@ clean:  ## remove .venv, caches and build leftovers; runs/ stays
 	@touch $@
 
 .venv/booked: pyproject.toml | .venv/ready
-	$(PY) -m pip install -e ".[workbook,dev,book]"
+	$(PY) -m pip install -e ".[book]"
 	@touch $@

@@ -107,7 +107,7 @@ def mend(app, name: str, source: list[str]) -> None:
             anchor = anchor.lower()  # Jupyter's anchors have capitals, the site's have none
         if not found[2] or ":" in found[2] or path.suffix in (".md", ".ipynb", ".png") or not path.exists():
             return found[1] + found[2] + anchor  # a page, an address or, with a warning, nothing
-        return f"{found[1]}{GITHUB}/{'tree' if path.is_dir() else 'blob'}/main/{path.relative_to(ROOT)}"
+        return f"{found[1]}{GITHUB}/{'tree' if path.is_dir() else 'blob'}/main/{path.relative_to(ROOT).as_posix()}"
 
     def mended(text: str) -> str:
         text = BADGE.sub(r"\1", text)

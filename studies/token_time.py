@@ -3,7 +3,9 @@
 A token is decoded by plain transformers, by our dense path, and by the engine at a capacity, in turns. A part's time is
 how much shorter a step is without it, in the same round:
 
-    qkv, o, gate_up, down   products of the layers; one is replaced by zeros, or none of its channels is kept
+    qkv, o, gate_up, down   products of the layers; one is replaced by zeros, or none of its channels is kept. Other
+                            products then keep other channels, so for each round the time per share that is kept is
+                            solved for, from the steps without each of them
     head                    the logits; replaced by zeros, or compared with a copy of the base with a tiny vocabulary
     decisions               deciding about every channel, and keeping it
     rest                    the rest of a step: embedding, norms, attention, and what no difference shows
@@ -17,6 +19,7 @@ from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
+import numpy as np
 import torch
 from torch import Tensor
 from transformers import LlamaForCausalLM
@@ -80,10 +83,11 @@ def rows(
     with hat.at(capacity, 0.0), hat.collect() as states:
         decode_ms(hat, ids, steps)
     realised = {"hf": 1.0, "dense": 1.0, "adaptive": Trace.cat(states[2:]).capacity}
+    kept = {v.name: _kept(hat, ids, steps, v.around) for v, _ in timed if v.model is hat and " without " in v.name}
     for way in WAYS:
         columns = machine(hat.base) | {"way": way, "realised": realised[way], "steps": steps, "rounds": rounds}
         columns["capacity"] = capacity if way == "adaptive" else 1.0
-        for part, times in _parts(way, ms).items():
+        for part, times in _parts(way, ms, kept).items():
             if (way, part) not in done:
                 yield rounded(Row, **columns | spread(times), part=part)
 
@@ -107,7 +111,7 @@ def _variants(
         yield Variant(way, hat, around), step
         yield Variant(f"{way} generate", hat, around), generated
         cuts = hat.calibration.thresholds_at(capacity if way == "adaptive" else 1.0)
-        for part in ("nothing", *LINEARS):  # the states after it are others, and with them a little what is kept there
+        for part in ("nothing", *LINEARS):
             without = hat.threshold_policy({k: math.inf if k[1] == part else cut for k, cut in cuts.items()})
             yield Variant(f"{way} without {part}", hat, partial(combined, around, partial(hat.using, without))), step
     yield Variant("few words", small, small.dense), partial(decode_ms, ids=ids % WORDS, steps=steps)
@@ -116,15 +120,28 @@ def _variants(
     yield Variant("deciding", hat, partial(combined, hat.dense, partial(hat.using, every))), step
 
 
-def _parts(way: str, ms: dict[str, list[float]]) -> dict[str, list[float]]:
+def _kept(hat: HierarchicalTransformer, ids: Tensor, steps: int, around: Callable) -> np.ndarray:
+    """Shares kept in a variant, mean over layers and tokens: of each product, and of the head."""
+    with around(), hat.collect() as states:
+        decode_ms(hat, ids, steps)
+    trace = Trace.cat(states[2:])
+    return np.array([*trace.site_share.mean((0, 2, 3)).tolist(), trace.head_share])
+
+
+def _parts(way: str, ms: dict[str, list[float]], kept: dict[str, np.ndarray]) -> dict[str, list[float]]:
     """Milliseconds of each part, one number per round."""
 
     def less(a: str, b: str) -> list[float]:
         return [x - y for x, y in zip(ms[a], ms[b], strict=True)]
 
-    whole = way if way == "hf" else f"{way} without nothing"
-    found = {part: less(whole, f"{way} without {part}") for part in LINEARS}
-    found["head"] = less("hf", "hf without head") if way == "hf" else less("dense", "few words")
+    if way == "hf":
+        found = {part: less("hf", f"hf without {part}") for part in (*LINEARS, "head")}
+    else:
+        whole, head = f"{way} without nothing", less("dense", "few words")
+        times = np.array([less(whole, f"{way} without {part}") for part in LINEARS])
+        gone = np.array([kept[whole] - kept[f"{way} without {part}"] for part in LINEARS])
+        per_share = np.linalg.solve(gone[:, :-1], times - np.outer(gone[:, -1], head))
+        found = dict(zip(LINEARS, (per_share * kept[whole][:-1, None]).tolist(), strict=True)) | {"head": head}
     if way == "adaptive":
         saved_there = less("adaptive, whole head", "adaptive")
         found["head"] = [a - b for a, b in zip(found["head"], saved_there, strict=True)]
