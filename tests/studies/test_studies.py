@@ -162,10 +162,16 @@ def test_parting():
 
 
 def test_the_parts_of_a_token_make_the_whole():
-    ms = {"dense": [9.0], "dense without nothing": [10.0], "few words": [7.0], "dense generate": [9.5]}
-    ms |= {f"dense without {part}": [10.0 - k] for k, part in enumerate(token_time.LINEARS)}
-    found = {part: times[0] for part, times in token_time._parts("dense", ms).items()}
-    assert found == {"qkv": 0.0, "o": 1.0, "gate_up": 2.0, "down": 3.0, "head": 2.0, "rest": 1.0, "loop": 0.5}
+    """Also where, without a product, the others and the head keep other shares."""
+    per_share, head = np.array([2.0, 1.0, 4.0, 3.0, 2.0]), 2.0
+    kept = {"dense without nothing": np.array([0.5, 0.6, 0.7, 0.4, 0.3])}
+    for k, part in enumerate(token_time.LINEARS):
+        kept[f"dense without {part}"] = np.where(np.arange(5) == k, 0.0, np.roll(kept["dense without nothing"], k))
+    ms = {name: [float(1 + shares @ per_share)] for name, shares in kept.items()}
+    ms |= {"dense": [9.0], "few words": [9.0 - head], "dense generate": [9.5]}
+    found = {part: times[0] for part, times in token_time._parts("dense", ms, kept).items()}
+    parts = {"qkv": 1.0, "o": 0.6, "gate_up": 2.8, "down": 1.2, "head": head}
+    assert found == pytest.approx(parts | {"rest": 9.0 - sum(parts.values()), "loop": 0.5})
 
 
 def test_items_of_tasks_are_what_they_say():
