@@ -11,7 +11,7 @@ from hat_lib.engine.arrays import Thread
 from hat_lib.engine.compiling import compiled
 from hat_lib.engine.kernels import F0, F1, LEAST, as_float, exp, span
 from hat_lib.engine.step import decode_step
-from hat_lib.engine.team import meet
+from hat_lib.engine.team import END, OFF, OVER, clock, meet
 
 OUTSIDE, UNDRAWN = -1, -2
 """in ``Course.ran``, why a call was broken off: an id that is not in the vocabulary, a draw from NaN or infinity"""
@@ -23,7 +23,7 @@ def decode(t, team, barrier, base, thresholds, rows, shared, course):
     thread, choice, vocabulary = Thread(t, team, barrier), course.choice, rows.logits.shape[1]
     v0, v1 = span(vocabulary, t, team, 32), span(vocabulary, t + 1, team, 32)
     weights = np.empty(vocabulary if choice.sample and t == 0 else 0, np.float32)  # of tokens, while one is drawn
-    for step in range(course.ran[0], course.steps):  # a part of them ran before, if the call was called off
+    for step in range(course.ran[0], course.steps):  # some of them ran before, in a call that ended early
         if course.ended.all():
             return
         for token in rows.ids:
@@ -48,7 +48,9 @@ def decode(t, team, barrier, base, thresholds, rows, shared, course):
                     next_token(thread, rows, shared, course, step, r, weights)
             for r in range(rows.ids.shape[0]):
                 go_on(rows, course, step, r)
-        if meet(barrier, team, True) or course.ran[0] < 0:
+            if clock() >= barrier[END]:
+                barrier[OFF] = OVER
+        if meet(barrier, team, True) or course.ran[0] < 0 or barrier[OFF]:
             return
 
 

@@ -7,6 +7,7 @@ barrier on atomics keeps them together inside it, and between steps nothing spin
 All wait for the slowest. While another process occupies one of the cores, a step of two threads takes longer than a
 step of one, at times ten times as long. So a call of several steps in which meetings are late again and again is called
 off, and the rest of it runs with fewer threads; so do the next ones, and torch at their prompts.
+After a pause, a call gives way to one with more threads.
 """
 
 import os
@@ -26,8 +27,12 @@ from hat_lib.engine.arrays import PARTIALS
 from hat_lib.engine.compiling import compiled
 
 # Indices into a barrier, each on its own cache line: how many have arrived, which meeting it is, whether it is off;
-# when the call began, what waits have lost since, and from when on it may be called off, in nanoseconds.
-ARRIVED, MEETING, OFF, BEGUN, LOST, ALLOWED, BARRIER = 0, 8, 16, 24, 32, 40, 48
+# when the call began, what waits have lost since, what they may lose, and when it is over, in nanoseconds.
+ARRIVED, MEETING, OFF, BEGUN, LOST, ALLOWED, END, BARRIER = 0, 8, 16, 24, 32, 40, 48, 56
+CALLED_OFF, OVER = 1, 2
+"""why a barrier is off: a thread was late or failed; or it is time to try more threads"""
+NEVER = 1 << 62
+"""nanoseconds, in 146 years"""
 SPIN = 2_000
 """turns of the spin loop, some tens of microseconds, before a thread starts to give way at each turn"""
 LATE = 8_000_000
@@ -108,7 +113,7 @@ def clock(context):
 
 @compiled()
 def meet(barrier, team, alone=False):
-    """Return False once all threads of the team have come here; True if the call is called off.
+    """Return False once all threads of the team have come here; True if the call is off.
 
     ``alone``: while thread 0 worked alone, the others' wait is no loss.
     """
@@ -131,8 +136,8 @@ def meet(barrier, team, alone=False):
         allowed = max(barrier[ALLOWED], (clock() - barrier[BEGUN]) // 3)
         off = atomic_load(barrier, OFF) != 0 or atomic_load(barrier, LOST) // (team - 1) + lost > allowed
     fetch_add(barrier, LOST, lost)
-    if off:
-        barrier[OFF] = 1
+    if off and not barrier[OFF]:
+        barrier[OFF] = CALLED_OFF
     return off
 
 
@@ -150,6 +155,11 @@ class Pace:
         self._since, self._harm = 0, 0.0
         """nanoseconds of calls with this number of threads; and what the last few lost, 1 being what half the threads
         would lose"""
+
+    @property
+    def left(self) -> int:
+        """Nanoseconds of calls before more threads are tried."""
+        return NEVER if self.threads == self.most else self._pauses[2 * self.threads] - self._since
 
     def after(self, took: int, lost: float) -> None:
         """Take note of a call of so many nanoseconds, and of the share of its time that it lost to late threads."""
@@ -179,16 +189,17 @@ class Team:
         self.pace, self._others = Pace(size), ThreadPoolExecutor(max(size - 1, 1), thread_name_prefix="hat-engine")
 
     def run(self, step, args) -> bool:
-        """Whether it ran to its end; else it was called off, since threads were late."""
+        """Whether it ran to its end; else threads were late, or it is time to try more of them."""
         # The barrier is the step's own: whatever an interrupted one leaves behind, the next does not see.
         size, barrier = self.pace.threads, np.zeros(BARRIER, np.int64)
         barrier[BEGUN], barrier[ALLOWED] = nanoseconds(), LATE
+        barrier[END] = barrier[BEGUN] + self.pace.left
 
         def take_part(t: int) -> None:
             try:
                 step(t, size, barrier, *args)
             except BaseException:
-                barrier[OFF] = 1
+                barrier[OFF] = CALLED_OFF
                 raise
 
         try:
@@ -197,10 +208,11 @@ class Team:
             for other in others:
                 other.result()
         except BaseException:
-            barrier[OFF] = 1
+            barrier[OFF] = CALLED_OFF
             raise
         took = int(nanoseconds() - barrier[BEGUN])
-        self.pace.after(took, 1.0 if barrier[OFF] else barrier[LOST] / max(size - 1, 1) / max(took, 1))
+        lost = 1.0 if barrier[OFF] == CALLED_OFF else barrier[LOST] / max(size - 1, 1) / max(took, 1)
+        self.pace.after(took, lost)
         return not barrier[OFF]
 
 
@@ -214,7 +226,8 @@ def size(threads: int) -> int:
 
 
 def run(step, args, size: int) -> bool:
-    """Run ``step(t, team, barrier, *args)`` in a team of at most ``size``, a power of two; False if it was called off.
+    """Run ``step(t, team, barrier, *args)`` in a team of at most ``size``, a power of two; False if another call has
+    to go on.
 
     One step at a time per process: two would spin against each other.
     """

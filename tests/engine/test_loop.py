@@ -67,6 +67,22 @@ def test_the_rest_of_a_course_that_was_called_off(decoder, ids, monkeypatch):
     assert all(np.array_equal(a, b) for a, b in zip(found[1:], expected[1:], strict=True))
 
 
+@pytest.mark.skipif(team.CLOCK is None, reason="nothing is late on Windows")
+def test_a_long_call_of_fewer_threads_goes_on_with_more(decoder, ids, monkeypatch):
+    expected, _ = course(decoder, ids, 40)
+    monkeypatch.setattr(team, "_teams", {})
+    monkeypatch.setattr(team, "SHORTEST", 1)
+    monkeypatch.setattr(team, "cores", lambda: 2)
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 2)
+    pace, run, threads = team._team(2).pace, team.run, []
+    monkeypatch.setattr(team, "run", lambda *given: threads.append(pace.threads) or run(*given))
+    while pace.threads == 2:
+        pace.after(1, 1.0)
+    found, _ = course(decoder, ids, 40)
+    assert threads[:2] == [1, 2]
+    assert np.array_equal(found.ids, expected.ids)
+
+
 def test_in_several_calls_alone_and_padded(decoder, ids):
     together, _ = course(decoder, ids, 20)
     begun, cache = course(decoder, ids, 7)
