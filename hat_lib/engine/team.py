@@ -6,8 +6,8 @@ barrier on atomics keeps them together inside it, and between steps nothing spin
 
 All wait for the slowest. While another process occupies one of the cores, a step of two threads takes longer than a
 step of one, at times ten times as long. So a call of several steps in which meetings are late again and again is called
-off, and the rest of it runs with fewer threads; so do the next ones, and torch at their prompts.
-After a pause, a call gives way to one with more threads.
+off, and the rest of it runs with fewer threads; so do the next ones, and torch at their prompts. After a pause, a call
+of fewer threads ends, and its rest runs with more.
 """
 
 import os
@@ -158,7 +158,7 @@ class Pace:
 
     @property
     def left(self) -> int:
-        """Nanoseconds of calls before more threads are tried."""
+        """Nanoseconds until more threads are tried; `NEVER` if there are no more."""
         return NEVER if self.threads == self.most else self._pauses[2 * self.threads] - self._since
 
     def after(self, took: int, lost: float) -> None:
@@ -189,7 +189,7 @@ class Team:
         self.pace, self._others = Pace(size), ThreadPoolExecutor(max(size - 1, 1), thread_name_prefix="hat-engine")
 
     def run(self, step, args) -> bool:
-        """Whether it ran to its end; else threads were late, or it is time to try more of them."""
+        """Whether all of it ran; else threads were late, or it is time to try more of them."""
         # The barrier is the step's own: whatever an interrupted one leaves behind, the next does not see.
         size, barrier = self.pace.threads, np.zeros(BARRIER, np.int64)
         barrier[BEGUN], barrier[ALLOWED] = nanoseconds(), LATE
@@ -226,8 +226,8 @@ def size(threads: int) -> int:
 
 
 def run(step, args, size: int) -> bool:
-    """Run ``step(t, team, barrier, *args)`` in a team of at most ``size``, a power of two; False if another call has
-    to go on.
+    """Run ``step(t, team, barrier, *args)`` in a team of at most ``size``, a power of two; False if the rest needs
+    another call.
 
     One step at a time per process: two would spin against each other.
     """
