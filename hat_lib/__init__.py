@@ -7,7 +7,7 @@ import each other: docs/architecture.md. The method itself is `hat_lib.method`.
 
 from importlib import import_module
 
-__version__ = "0.3.0"
+__version__ = "0.4.0"
 
 _PUBLIC = {
     "HatConfig": "config",
