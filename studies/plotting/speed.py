@@ -92,13 +92,13 @@ def frontier(table: pd.DataFrame) -> Figure:
             for row in rows.to_dict("records"):
                 if way == "llama.cpp":
                     shared.label(ax, (row["ms"], row[price]), weights, colour, (7, 0), fontsize=8)
-                elif way == "engine" and weights in ("q4", "float32"):
+                elif way == "engine" and weights in ("q4", "float32") and price == "kl":
                     beside = {"offset": (-6, 0), "ha": "right"} if weights == "q4" else {"offset": (6, 5)}
                     shared.label(ax, (row["ms"], row[price]), f"{row['capacity']:g}", colour, fontsize=7, **beside)
     axes[0].set(yscale="log", ylabel="KL from the base, nats a token (lowest: exact)")
     shared.increases(axes[1], TICKS, "", table["worst"].max() / 100)
     for ax in axes:
-        shared.log_axis(ax, [4, 6, 8, 10, 15, 20, 30, 40])
+        shared.log_axis(ax, [4, 6, 8, 10, 15, 20, 30, 40, 60])
         ax.set(xlabel="milliseconds a token", xlim=(0.75 * table["ms"].min(), None))
     formats = [entry(name, colour, "o") for name, colour in COLOURS.items()]
     ways = [entry(label, "black", marker, line) for label, marker, line in FRONTIER.values()]
