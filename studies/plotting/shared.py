@@ -5,14 +5,12 @@ from collections.abc import Sequence
 import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.axis import Axis
-from matplotlib.lines import Line2D
 from matplotlib.ticker import FixedLocator, NullLocator
 
 from hat_lib.plotting import style
 from hat_lib.plotting.style import BLUE, GREEN, ORANGE, PURPLE
 
 SERIES = [(BLUE, "o"), (ORANGE, "s"), (GREEN, "D"), (PURPLE, "v")]
-GRAINS = {"channel": (BLUE, "o"), "token": (ORANGE, "s")}
 PUBLISHED = {"color": "black", "marker": "D", "markersize": 8, "markerfacecolor": "none", "zorder": 5}
 BASES = {"bundled": "bundled base, 135M", "random:tinyllama": "TinyLlama's shape",
          "random:llama-3.2-1b": "Llama-3.2-1B's shape", "random:qwen3-0.6b": "Qwen3-0.6B's shape"}  # fmt: skip
@@ -51,19 +49,11 @@ def label(ax: Axes, at: tuple[float, float], text: str, colour: str, offset: tup
     ax.annotate(text, at, offset, **look | more)
 
 
-def grain_entries(table: pd.DataFrame, line: str = "none") -> list[Line2D]:
-    return [style.entry(f"{g} grain", *GRAINS[g], line) for g in GRAINS if g in set(table["granularity"])]
-
-
 def worst_text(table: pd.DataFrame, texts: Sequence[str]) -> pd.DataFrame:
     """Of each row, the increase on the text where it is largest, and the ends of its interval."""
     worst = table[list(texts)].idxmax(axis=1)
-    return pd.DataFrame(
-        [
-            [row[text + end] for end in ("", "_low", "_high")]
-            for (_, row), text in zip(table.iterrows(), worst, strict=True)
-        ]
-    )
+    rows = zip(table.to_dict("records"), worst, strict=True)
+    return pd.DataFrame([[row[text + end] for end in ("", "_low", "_high")] for row, text in rows])
 
 
 def named_rows(ax: Axes, names: list[str]) -> None:
