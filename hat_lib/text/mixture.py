@@ -16,6 +16,7 @@ import json
 import math
 import os
 import tempfile
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -56,20 +57,27 @@ def check_training_texts(text: str, validation: str) -> None:
 
 
 def training_text(
-    base: Base, text: str, tokens: int, *, block_size: int = 512, seed: int = 0, progress: bool = True
-) -> Dataset:
+    base: Base, text: str, tokens: int, *, block_size: int = 512, seed: int = 0, progress: bool = True,
+    check: Callable[[str, Dataset], None] = lambda source, rows: None,
+) -> Dataset:  # fmt: skip
     """About ``tokens`` tokens in blocks, in equal shares from each source of ``text``, or what it has, in one fixed
     shuffled order. Of a source of `load_text`, the train split is taken. Rows as there, with ``index``, their number.
+
+    ``check`` is called with each source and its rows, before the base writes its own text, which can take long.
     """
-    names, rows = sources(text), []
+    names, found = sources(text), {}
     each = max(2, tokens // len(names))
-    for name in names:
+    for name in sorted(names, key=OWN.__contains__):
         if name in OWN:
-            rows += self_text(base, each, source=name, block_size=block_size, seed=seed, progress=progress)
-            continue
-        blocks = load_text(name, base.tokenizer, split="train", block_size=block_size)
-        whole = np.flatnonzero([len(ids) == block_size for ids in blocks["input_ids"]])
-        rows += evenly(blocks.select(whole) if len(whole) * block_size >= each else blocks, round(each / block_size))
+            rows = self_text(base, each, source=name, block_size=block_size, seed=seed, progress=progress)
+        else:
+            rows = load_text(name, base.tokenizer, split="train", block_size=block_size)
+            whole = np.flatnonzero([len(ids) == block_size for ids in rows["input_ids"]])
+            rows = rows.select(whole) if len(whole) * block_size >= each else rows
+            rows = evenly(rows, round(each / block_size))
+        check(name, rows)
+        found[name] = rows
+    rows = [row for name in names for row in found[name]]
     order = np.random.default_rng(seed).permutation(len(rows))
     return Dataset.from_list([{**rows[at], "index": number} for number, at in enumerate(order)])
 

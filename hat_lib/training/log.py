@@ -1,8 +1,9 @@
 """What a run writes while it trains: ``log.csv``, which notebooks plot live, and ``validation.csv``.
 
-``log.csv`` has a row for each logged step: phase, step, steps, seconds, then the metrics of `Objective` averaged since
-the previous row, the share of each site (``share_qkv`` ...) and layer (``share_0`` ...), gradient norm, learning rate,
-tokens per second and the estimated seconds left. A cell is empty where a phase has no such metric.
+``log.csv`` has a row for each logged step, and for the one that a run stops or a phase ends with: phase, step, steps,
+seconds, then the metrics of `Objective` averaged since the previous row, the share of each site (``share_qkv`` ...) and
+layer (``share_0`` ...), gradient norm, learning rate, tokens per second and the estimated seconds left. A cell is empty
+where a phase has no such metric.
 
 ``validation.csv`` is a learning curve, on text that the run does not train on. Before the first step and at each save
 it gets a row for each of `CAPACITIES`: step, tokens trained on, capacity, executed share of the layers' work, KL from

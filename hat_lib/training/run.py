@@ -2,16 +2,17 @@
 
 A run owns a folder: the checkpoint, written when a phase is done, the files of `hat_lib.training.log`, ``run.json``,
 and ``work`` with training states until the run is done. A run stopped by Ctrl-C, a time limit or a kill resumes from
-the last state. One process at a time, or one torchrun group, may train in a folder: it holds a lock, which the system
-releases if the process dies.
+the last state, unless a text, the base or the start is no longer what it began with. One process at a time, or one
+torchrun group, may train in a folder: it holds a lock, which the system releases if the process dies.
 """
 
+import hashlib
 import json
 import math
 import shutil
 import time
 from collections.abc import Callable
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import asdict, dataclass, replace
 from datetime import timedelta
 from functools import partial
@@ -27,25 +28,27 @@ from hat_lib.base.load import Base, load_base, parse_dtype
 from hat_lib.calibration.capacity import calibrate, calibrate_learned
 from hat_lib.calibration.exits import calibrate_exits
 from hat_lib.calibration.quantiles import LEAST_TOKENS
-from hat_lib.checkpoint import CONFIG_FILE, Checkpoint, read_checkpoint
+from hat_lib.checkpoint import CONFIG_FILE, Checkpoint, find_checkpoint, read_checkpoint
 from hat_lib.config import CAPACITY_MIN, HatConfig, HatError, lock, replaced
 from hat_lib.hat import HierarchicalTransformer
 from hat_lib.method.grain import GRAINS
+from hat_lib.method.thresholds import EXIT_TABLES
 from hat_lib.text.blocks import count_tokens, held_out, load_text, spread, text_hash
 from hat_lib.text.mixture import OWN, sources, training_text
 from hat_lib.training.log import seconds_so_far
 from hat_lib.training.objective import nominal_thresholds
 from hat_lib.training.recipe import PHASES, Recipe
-from hat_lib.training.trainer import Outcome, train_phase
+from hat_lib.training.trainer import CURVE_FILE, LOG_FILE, STATE_FILE, WORK, Outcome, train_phase
 
-RUN_FILE, LOG_FILE, WORK, LOCK = "run.json", "log.csv", "work", ".lock"
+RUN_FILE, LOCK = "run.json", ".lock"
 CALIBRATION_TOKENS = 24_000
 PATIENCE = timedelta(hours=12)  # in which the first process, for which the others wait, samples text and calibrates
 
 
 @dataclass(frozen=True)
 class Run:
-    """What was asked for; `run.json` holds exactly this, so that ``--resume`` asks for the same again."""
+    """What was asked for. `run.json` holds this, so that ``--resume`` asks for the same again, and the inputs that the
+    run began with, by name: hashes of the base, of the start and of each text, and the number of processes."""
 
     phase: str
     granularity: str
@@ -73,10 +76,11 @@ class Run:
     def phases(self) -> tuple[str, ...]:
         return ("routers", "exit") if self.phase == "full" else (self.phase,)
 
-    def write(self, folder: Path) -> None:
+    def write(self, folder: Path, inputs: dict) -> None:
         versions = {"hat_lib": __version__, "torch": torch.__version__, "transformers": transformers.__version__}
+        meta = {**asdict(self), "inputs": inputs, "versions": versions}
         with replaced(folder / RUN_FILE) as written:
-            written.write_text(json.dumps({**asdict(self), "versions": versions}, indent=1) + "\n", encoding="utf-8")
+            written.write_text(json.dumps(meta, indent=1) + "\n", encoding="utf-8")
 
     @classmethod
     def read(cls, folder: Path) -> Self:
@@ -87,6 +91,7 @@ class Run:
         try:
             meta = json.loads(path.read_text(encoding="utf-8"))
             meta.pop("versions")
+            meta.pop("inputs", None)
             return cls(**meta | {"recipe": Recipe(**meta["recipe"])})
         except (ValueError, TypeError, KeyError, AttributeError) as error:  # HatError is a ValueError
             raise HatError(f"{path} is not what `hat train` wrote: {error}") from error
@@ -101,17 +106,19 @@ def train(
     torchrun every process calls this with the same arguments; only the first one writes.
 
     Raises `HatError` for a folder that holds another run, unavailable text or base, phase "exit" on a checkpoint
-    without trained routers, a loss that is not finite, and a full disk; what was saved before stays.
+    without trained routers, and a resumed run of which anything but ``command`` differs from what it began with. Such a
+    refusal leaves nothing behind. Also for a loss that is not finite, and a full disk; what was saved before stays.
     """
     folder, until = Path(folder), math.inf if max_minutes is None else time.monotonic() + 60 * max_minutes
+    run, inputs = _begun(run, folder, resume)
     _check_start(run)
     processes, outcomes = PartialState(cpu=not torch.cuda.is_available(), timeout=PATIENCE), []
     main = processes.is_main_process
-    with _lock(folder, resume) if main else nullcontext():
+    with _lock(folder) if main else nullcontext():
         processes.wait_for_everyone()
         try:
             if not _is_done(folder, run.phases[-1]):
-                outcomes = _train(run, folder, processes, resume, until, progress and main)
+                outcomes = _train(run, folder, processes, inputs, resume, until, progress and main)
         except OSError as error:
             raise HatError(f"cannot write {error.filename or folder}: {error.strerror}") from error
     if main and (not outcomes or outcomes[-1].done):
@@ -119,9 +126,20 @@ def train(
     return outcomes
 
 
-def _train(run: Run, folder: Path, processes: PartialState, resume: bool, until: float, progress: bool) -> list:
-    main, recipe = processes.is_main_process, run.recipe
+def _train(
+    run: Run, folder: Path, processes: PartialState, inputs: dict, resume: bool, until: float, progress: bool
+) -> list[Outcome]:
+    main, recipe, noted = processes.is_main_process, run.recipe, {}
+
+    def check(name: str, value: int | str) -> None:
+        """Note an input: a number, or a hash. The run does not go on with another than it began with."""
+        noted[name] = value if isinstance(value, int) else f"SHA-256 {value[:16]}"
+        if (before := inputs.get(name, noted[name])) != noted[name]:
+            raise HatError(f"cannot resume {folder}: {name} was {before}, now {noted[name]}: restore it, or begin anew")
+
+    check("processes", processes.num_processes)  # whose micro-batches make up a step
     base = load_base(run.base, dtype=run.dtype, device=processes.device if processes.num_processes > 1 else None)
+    check("base", base.fingerprint)
     with processes.main_process_first():  # the others read what it stored
         # A short run does not take longer to calibrate than to train.
         wanted = CALIBRATION_TOKENS if recipe.tokens >= CALIBRATION_TOKENS else max(2048, recipe.tokens // 4)
@@ -133,19 +151,31 @@ def _train(run: Run, folder: Path, processes: PartialState, resume: bool, until:
                 f"{source}: trained models are calibrated on the validation split, which has {found} tokens, expected "
                 f"at least {LEAST_TOKENS}: bring at least {math.ceil(LEAST_TOKENS / found)} times as much text"
             )
-        how = {"block_size": recipe.block_size, "seed": recipe.seed, "progress": progress}
-        blocks, validation = training_text(base, recipe.text, recipe.tokens, **how), None
+        check(f"held-out {source}", text_hash(held))
+        validation = None
         if recipe.validation:
             rows = load_text(recipe.validation, base.tokenizer, split="validation", block_size=512)
             validation = spread(rows, recipe.validation_tokens)
+            check(f"validation {recipe.validation}", text_hash(validation))
         # A resumed run, and every process, must train at the very same thresholds.
         where = run.start or folder / WORK / "start"
-        if run.start is None and ((main and not resume) or not (where / CONFIG_FILE).exists()):
+        made = run.start is None and ((main and not resume) or not (where / CONFIG_FILE).exists())
+        if not made:
+            check("start", _content_hash(where))
+        blocks = training_text(
+            base, recipe.text, recipe.tokens, block_size=recipe.block_size, seed=recipe.seed, progress=progress,
+            check=lambda name, rows: check(f"text {name}", text_hash(rows)),
+        )  # fmt: skip
+        if made:
             _make_start(run, base, part, where, progress)
+            check("start", _content_hash(where))
         torch.manual_seed(recipe.seed)  # translators are initialised at random
         hat = start_from(read_checkpoint(where), base, where, run.correction_rank, run.translator_rank)
         if main and not resume:
-            run.write(folder)
+            # Left by a run whose run.json and checkpoint were deleted; the gates would go on from its state.
+            for left in (*folder.glob(f"{WORK}/*/{STATE_FILE}"), folder / LOG_FILE, folder / CURVE_FILE):
+                left.unlink(missing_ok=True)
+            run.write(folder, noted)
 
     outcomes, start = [], hat.calibration
     for phase in run.phases:
@@ -170,7 +200,8 @@ def _train(run: Run, folder: Path, processes: PartialState, resume: bool, until:
                     summary["exit_agreement"] = [[round(a, 4) for a in row] for row in agreement]
                 minutes = round(seconds_so_far(folder / LOG_FILE, phase) / 60, 1)
                 summary[phase] = {"steps": outcome.steps, "minutes": minutes, "tokens": count_tokens(blocks)}
-                hat.training_summary = summary | {"recipe": asdict(recipe), "command": run.command}
+                of_run = {"recipe": asdict(recipe), "command": run.command, "inputs": inputs if resume else noted}
+                hat.training_summary = summary | of_run
                 hat.save_pretrained(folder)
             processes.wait_for_everyone()
         checkpoint = read_checkpoint(folder)
@@ -179,17 +210,45 @@ def _train(run: Run, folder: Path, processes: PartialState, resume: bool, until:
     return outcomes
 
 
-@contextmanager
-def _lock(folder: Path, resume: bool):
-    """Hold ``folder`` exclusively; the lock file is removed with ``work`` when the run is done. A new run is refused
-    where there is one."""
-    path = folder / WORK / LOCK
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with path.open("a") as file:
-        lock(file, f"another process is training in {folder}: wait for it, or choose another folder")
-        if not resume and ((folder / RUN_FILE).exists() or (folder / CONFIG_FILE).exists()):
+def _begun(run: Run, folder: Path, resume: bool) -> tuple[Run, dict]:
+    """The run to carry out, and the inputs that it began with. Of a resumed run, both are as ``folder`` has them; of an
+    older version's, and of a new one, no inputs are known."""
+    if not resume:
+        if (folder / RUN_FILE).exists() or (folder / CONFIG_FILE).exists():
             raise HatError(f"{folder} already holds a run or a checkpoint: resume it, or choose another folder")
-        yield
+        return run, {}
+    before = Run.read(folder)
+    asked, known = ({**vars(one), **vars(one.recipe), "recipe": "", "command": ""} for one in (run, before))
+    for name, value in known.items():
+        if asked[name] != value:
+            raise HatError(f"{folder} holds a run with {name} {value!r}, {asked[name]!r} was asked for")
+    meta = json.loads((folder / RUN_FILE).read_text(encoding="utf-8"))
+    inputs, recipe = meta.get("inputs", {}), meta["recipe"]
+    if inputs and (folder / CONFIG_FILE).exists():
+        training = read_checkpoint(folder).training or {}
+        # A newer version may have added fields to the recipe.
+        if training.get("inputs") != inputs or not recipe.items() <= training.get("recipe", {}).items():
+            raise HatError(f"{folder / CONFIG_FILE} is not of the run in {RUN_FILE}: move one of them elsewhere")
+    return before, inputs
+
+
+@contextmanager
+def _lock(folder: Path):
+    """Hold ``folder`` exclusively; the lock file is removed with ``work`` when the run is done. A run that is refused
+    takes the folders along that were made for it, if there is nothing else in them."""
+    work = folder / WORK
+    made = [path for path in (work, folder, *folder.parents) if not path.exists()]
+    work.mkdir(parents=True, exist_ok=True)
+    try:
+        with (work / LOCK).open("a") as file:
+            lock(file, f"another process is training in {folder}: wait for it, or choose another folder")
+            yield
+    except BaseException:
+        with suppress(OSError):  # not empty
+            for path in made:
+                (work / LOCK).unlink(missing_ok=True)
+                path.rmdir()
+        raise
 
 
 def _check_start(run: Run) -> None:
@@ -203,6 +262,16 @@ def _check_start(run: Run) -> None:
         raise HatError(f"{run.start} has no calibration: start from what `hat calibrate` or `hat train` wrote")
     if run.phase == "exit" and not (checkpoint.training or {}).get("routers"):
         raise HatError(f"{run.start} has no trained routers: train them first, with --phase routers")
+    kept = checkpoint.config.correction_rank
+    if run.phase == "exit" and run.correction_rank not in (None, kept):
+        raise HatError(f"phase exit keeps the corrections of {run.start}, of rank {kept}: leave out --correction-rank")
+
+
+def _content_hash(name: str | Path) -> str:
+    """SHA-256 (hex) of a checkpoint but for its prices; its JSON names the hash of its tensors."""
+    meta = json.loads((find_checkpoint(name) / CONFIG_FILE).read_bytes())
+    meta.pop("prices", None)
+    return hashlib.sha256(json.dumps(meta, sort_keys=True).encode()).hexdigest()
 
 
 def _make_start(run: Run, base: Base, part: Callable, where: Path, progress: bool) -> None:
@@ -221,7 +290,8 @@ def start_from(
 ) -> HierarchicalTransformer:
     """``base`` with the routers and tables of a checkpoint that was read from ``where``.
 
-    Gates start afresh, and so do corrections if ``correction_rank`` differs from the checkpoint's (None keeps it).
+    Gates start afresh, without exit tables, and so do corrections if ``correction_rank`` differs from the checkpoint's
+    (None keeps it).
     """
     checkpoint.check_base(base, where)
     kept = checkpoint.config.correction_rank
@@ -231,7 +301,8 @@ def start_from(
     parts = ("routers.", "corrections.") if rank == kept else ("routers.",)
     tensors = {n: t for n, t in checkpoint.tensors.items() if n.startswith(parts)}
     hat.load_adapter(replace(checkpoint, tensors=hat.hat_parameters() | tensors), where)
-    hat.calibration = checkpoint.calibration
+    tables = checkpoint.calibration
+    hat.calibration = tables and replace(tables, **dict.fromkeys(EXIT_TABLES))
     hat.training_summary = {k: v for k, v in (checkpoint.training or {}).items() if not k.startswith("exit")}
     return hat
 

@@ -14,6 +14,7 @@ import time
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import partial
+from itertools import chain
 from pathlib import Path
 
 import torch
@@ -32,6 +33,7 @@ from hat_lib.training.log import Log, extend_curve
 from hat_lib.training.objective import Objective, ThresholdsAt
 from hat_lib.training.recipe import Recipe
 
+LOG_FILE, CURVE_FILE, WORK = "log.csv", "validation.csv", "work"
 STATE_FILE = "state.pt"  # step, trained parameters and optimizer, in the work folder of a phase
 
 
@@ -79,7 +81,7 @@ def train_phase(
     Raises `HatError` at the first loss or gradient that is not finite. Ctrl-C and SIGTERM: see `Stops`.
     """
     processes, began = PartialState(cpu=not torch.cuda.is_available()), time.monotonic()
-    main, state = processes.is_main_process, folder / "work" / phase / STATE_FILE
+    main, state = processes.is_main_process, folder / WORK / phase / STATE_FILE
     objective, device = Objective(hat, recipe, phase, thresholds), hat.base.device
     autocast = partial(torch.autocast, device.type, torch.bfloat16, enabled=hat.base.dtype == torch.bfloat16)
     per_step = recipe.accumulate * processes.num_processes
@@ -93,12 +95,15 @@ def train_phase(
     processes.wait_for_everyone()
     if main and not start:
         state.unlink(missing_ok=True)
-    log, done, tokens = Log(folder / "log.csv", objective, start, steps) if main else None, [], 0
+    log, done, tokens = Log(folder / LOG_FILE, objective, start, steps) if main else None, [], 0
+
+    lengths, curve = [len(ids) for ids in blocks["input_ids"]], validation is not None and phase == "routers"
+    before = [step_rows(len(blocks), recipe, per_step, step) for step in range(start)] if curve else []
+    trained_on = sum(lengths[i] for micro_batches in before for i in chain(*micro_batches))
 
     def measure(step: int) -> None:
-        if main and validation is not None and phase == "routers":
-            trained_on = step * recipe.batch_size * per_step * recipe.block_size
-            extend_curve(folder / "validation.csv", hat, validation, objective.thresholds, step, trained_on)
+        if main and curve:
+            extend_curve(folder / CURVE_FILE, hat, validation, objective.thresholds, step, trained_on)
 
     stops, step = Stops(max_minutes), start
     bar = tqdm(total=steps, initial=start, desc=phase, unit="step", disable=not progress)
@@ -108,6 +113,7 @@ def train_phase(
         with stops.caught():
             while step < steps and not stops.reason:
                 micro_batches = step_rows(len(blocks), recipe, per_step, step)
+                trained_on += sum(lengths[i] for i in chain(*micro_batches))
                 for rows in micro_batches[processes.process_index :: processes.num_processes]:
                     batch = collate([blocks[i] for i in rows], device)
                     with autocast():
@@ -125,13 +131,14 @@ def train_phase(
                 schedule.step()
                 optimizer.zero_grad()
                 step += 1
-                if step == 1 or step % recipe.log_steps == 0:
+                stops.check(step == steps)
+                last = bool(stops.reason) or step == steps
+                if step == 1 or step % recipe.log_steps == 0 or last:
                     if log:
                         loss = log.write(step, done, tokens, norm, used_rate)
                         bar.set_description(f"{phase}, loss {loss:.4g}")
                     done, tokens = [], 0
-                stops.check(step == steps)
-                if main and (stops.reason or step % recipe.save_steps == 0 or step == steps):
+                if main and (step % recipe.save_steps == 0 or last):
                     _save(state, step, objective, optimizer)
                     measure(step)
                 bar.update()

@@ -11,6 +11,7 @@ import torch
 from tiny_runs import GRAINS, PHASES, gradients, interrupt_at, logged_steps, page, table, tiny_run
 
 from hat_lib.cli.app import app
+from hat_lib.config import HatError
 from hat_lib.training.run import train
 
 pytestmark = [pytest.mark.slow, pytest.mark.filterwarnings("ignore:token grain")]
@@ -102,6 +103,13 @@ def test_both_processes_end_after_the_same_step_for_the_same_reason(two):
         "time": [["routers", 1, "time"]],
         "interrupt": [["routers", 3, "interrupt"]],
     }  # fmt: skip
+
+
+def test_one_process_does_not_go_on_with_a_run_of_two(two):
+    """Its steps would be half as large."""
+    folder, _ = two
+    with pytest.raises(HatError, match="processes was 2, now 1"):
+        train(tiny_run("token", folder / "page.txt", "routers", STEPS), folder / "time", resume=True, progress=False)
 
 
 def test_the_command_resumes_with_two_processes(two):

@@ -135,12 +135,16 @@ def test_columns_and_cells(grain, tmp_path):
     assert logged_steps(tmp_path) == [("routers", 1), ("routers", 2), ("exit", 1)]
 
 
-def test_a_row_is_the_mean_since_the_one_before(tmp_path):
-    run_phase(new_hat("token"), tmp_path, steps=5, log_steps=2)
+def test_a_row_is_the_mean_since_the_one_before(tmp_path, monkeypatch):
+    """There is one where a run stops and where it ends, too: no step and no second is left out."""
+    tiny_runs.interrupt_at(monkeypatch, ("routers", 4))
+    for resume in (False, True):
+        run_phase(new_hat("token"), tmp_path, steps=5, log_steps=3, resume=resume)
     found = table(tmp_path / "log.csv")
-    assert [int(row["step"]) for row in found] == [1, 2, 4]
+    assert [int(row["step"]) for row in found] == [1, 3, 4, 5]
     drawn = [tiny_runs.recipe("token").sampled_capacity(step, 5) for step in range(5)]
-    assert [float(row["capacity"]) for row in found] == pytest.approx([*drawn[:2], sum(drawn[2:4]) / 2], rel=1e-5)
+    means = [drawn[0], sum(drawn[1:3]) / 2, *drawn[3:]]
+    assert [float(row["capacity"]) for row in found] == pytest.approx(means, rel=1e-5)
     assert seconds_so_far(tmp_path / "log.csv", "routers") == float(found[-1]["seconds"])
     assert seconds_so_far(tmp_path / "log.csv", "exit") == seconds_so_far(tmp_path / "none.csv", "exit") == 0
 
@@ -182,6 +186,8 @@ def test_a_resumed_run_goes_on_with_its_curve(tmp_path):
     run_phase(hat, tmp_path, steps=3, save_steps=2, resume=True, validation=BLOCKS)
     steps = [int(row["step"]) for row in table(tmp_path / "validation.csv")]
     assert steps == [step for step in (0, 1, 2, 3) for _ in CAPACITIES]
+    read = [int(row["tokens"]) for row in table(tmp_path / "validation.csv")]
+    assert read == [2 * 32 * step for step in steps]  # the blocks are shorter than the recipe's
     undisturbed, measured = (table(folder / "log.csv") for folder in (tmp_path / "whole", tmp_path))
     assert [row["loss"] for row in measured] == [row["loss"] for row in undisturbed]
 
