@@ -161,7 +161,12 @@ class Contexts:
 
     def dense(self) -> AbstractContextManager[Self]:
         """The base, within rounding: nothing is skipped and no token exits."""
-        return self.changed(thresholds=self._dense, named={}, decide=None, leave=None, gain=0.0)
+        return self.changed(**self.in_full)
+
+    @property
+    def in_full(self) -> dict[str, object]:
+        """The fields of a `Setting` by which nothing is skipped and no token exits."""
+        return {"thresholds": self._dense, "named": {}, "decide": None, "leave": None, "gain": 0.0}
 
     def correcting(self, strength: float = 1.0) -> AbstractContextManager[Self]:
         """Corrections at a given strength, from 0 (none) to 1, whatever is skipped."""

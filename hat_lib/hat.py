@@ -13,7 +13,7 @@ a forward computes, and `hat_lib.decoding` makes the tokens of a text fast.
 import copy
 import threading
 import warnings
-from contextlib import AbstractContextManager, nullcontext
+from contextvars import ContextVar
 from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
@@ -97,7 +97,8 @@ class HierarchicalTransformer(Contexts, nn.Module):
 
         self._refreshing = threading.Lock()
         capacity, exit_rate = (config.capacity, config.exit_rate) if calibration else (1.0, 0.0)
-        self._context = Context([Setting(self._dense._replace(capacity=capacity, exit_rate=exit_rate))])
+        shared = [Setting(self._dense._replace(capacity=capacity, exit_rate=exit_rate))]
+        self._context = Context(shared, ContextVar("forwards", default=()))
         self._decoding = Decoding(self, self._context)
         self.layers = [AdaptiveLayer(layer, i, self._context, layer is layers[-1]) for i, layer in enumerate(layers)]
         self.calibration = calibration
@@ -218,6 +219,17 @@ class HierarchicalTransformer(Contexts, nn.Module):
         """What would run the next decode step of ``lm.generate``, and why."""
         return self._decoding.describe()
 
+    @property
+    def text_traces(self) -> list[Trace]:
+        """Of the forwards that read the text of this thread's last ``lm.generate``, its prompt's first; without those
+        that a logits processor or a streamer made meanwhile."""
+        return self._decoding.traces
+
+    def prepare(self) -> float:
+        """Pack and compile now what ``lm.generate`` needs as the model is set, so that the first text does not wait for
+        it; returns the seconds that it took."""
+        return self._decoding.prepare()
+
     @torch.inference_mode()
     def replay(self, ids: Tensor, cache: Cache, mask: Tensor | None = None) -> None:
         """Decode a known text, int64 ``[B, T]``, a token at a time, as ``lm.generate`` decodes its own: to time it, or
@@ -241,10 +253,9 @@ class HierarchicalTransformer(Contexts, nn.Module):
             raise HatError("keeps answers a policy, inside a forward: with hat.using(policy)")
         return forward.keep(layer, site, x)
 
-    def begin(self) -> AbstractContextManager[Forward]:
-        """The context of a forward that decides by the setting of this moment."""
-        forward = Forward(self._context.setting, self.grain, self.routers, self.gates, self.corrections)
-        return self._context.during(forward)
+    def new_forward(self, setting: Setting | None = None) -> Forward:
+        """One that decides by a setting; None for that of this moment."""
+        return Forward(setting or self._context.setting, self.grain, self.routers, self.gates, self.corrections)
 
     @torch.compiler.disable(recursive=False)
     def _run_layers(self, *args, **kwargs):
@@ -253,13 +264,19 @@ class HierarchicalTransformer(Contexts, nn.Module):
         context, model = self._context, self.lm.model
         own = self._foreign or type(model).forward.__get__(model)
         whole = context.forwards and context.forwards[-1].trace is None
-        with nullcontext(context.forwards[-1]) if whole else self.begin() as forward:
+        forward = context.forwards[-1] if whole else self.new_forward()
+
+        def run_layers():
             self._begin_layers(forward, args, kwargs)
             out = own(*args, **kwargs)
             forward.in_layers, forward.trace.text = False, None
             forward.reading = self._reading(forward.setting.thresholds, forward.trace)
-        if not whole:
-            self.end(forward)
+            return out
+
+        if whole:
+            return run_layers()
+        out = context.run(forward, run_layers)
+        self.end(forward)
         return out
 
     def _begin_layers(self, forward: Forward, args: tuple, kwargs: dict) -> None:
@@ -286,9 +303,9 @@ class HierarchicalTransformer(Contexts, nn.Module):
     def logits(self, states: Tensor) -> Tensor:
         """``[..., V]``: what the head now makes of the last forward's final states ``[..., D]``; its trace counts that.
         Called by hand, ``hat.lm.lm_head`` is the base's head."""
-        with self.begin() as forward:
-            forward.reading = self._reading(forward.setting.thresholds, self._context.last)
-            return self.lm.lm_head(states)
+        forward = self.new_forward()
+        forward.reading = self._reading(forward.setting.thresholds, self._context.last)
+        return self._context.run(forward, self.lm.lm_head, states)
 
     def _reading(self, thresholds: Thresholds, trace: Trace | None) -> head.Reading | None:
         if not thresholds.shortlist:
@@ -303,20 +320,23 @@ class HierarchicalTransformer(Contexts, nn.Module):
     def refresh(self) -> None:
         """Make anew what was derived from weights (norms, packed copies, the base's fingerprint) if these have
         changed; done at each prompt. Warns if the base has changed."""
+        changed = False
         with self._refreshing:
-            base, own = [watch.changed() for watch in self._watches]
-            if base or own:
+            base, own = self._watches
+            if (weights := base.look()) != base.seen:
+                for name, router in self._new_routers().items():
+                    for buffer, fresh in zip(self.routers[name].buffers(), router.buffers(), strict=True):
+                        buffer.copy_(fresh)
+                vars(self).pop("head_norm", None)
+                identity = fingerprint(self.lm)
+                if changed := identity != self.base.fingerprint:
+                    self.prices = []
+                    self.base = replace(self.base, fingerprint=identity)
+            if (weights, trained := own.look()) != (base.seen, own.seen):
                 self._decoding.forget()
-            if not base:
-                return
-            for name, router in self._new_routers().items():
-                for buffer, fresh in zip(self.routers[name].buffers(), router.buffers(), strict=True):
-                    buffer.copy_(fresh)
-            vars(self).pop("head_norm", None)
-            before, self.base = self.base.fingerprint, replace(self.base, fingerprint=fingerprint(self.lm))
-            if self.base.fingerprint != before:
-                self.prices = []
-        if self.base.fingerprint != before:
+            # Last, so that what an interrupt cut off is made again at the next prompt.
+            base.seen, own.seen = weights, trained
+        if changed:
             what = "weights of the base were changed under the model: scores follow, thresholds do not"
             warnings.warn(what, stacklevel=2)
 

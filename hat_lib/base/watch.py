@@ -13,18 +13,18 @@ class Watch:
     def __init__(self, *roots: nn.Module):
         modules = [module for root in roots for module in root.modules()]
         self._tensors = [tensors for m in modules for tensors in (m._parameters, m._buffers) if tensors]
-        self._places = self._seen = None
-        self.changed()
+        self._places = None
+        self.seen = self.look()
+        """what everything was like when what was derived from it was last made"""
 
-    def changed(self) -> bool:
-        """Whether anything changed since the last call."""
+    def look(self) -> tuple:
+        """What everything is like now, to be compared with ``seen``."""
         tensors = [t for named in self._tensors for t in named.values() if t is not None]
         places = [(t.data_ptr(), t.dtype, t.device) for t in tensors]
         if places != self._places:
             self._places, self._numbers = places, [_few(t) for t in tensors if t.device.type == "cpu"]
         counts = [0 if t.is_inference() else t._version for t in tensors]
-        before, self._seen = self._seen, (places, counts, [numbers.tobytes() for numbers in self._numbers])
-        return self._seen != before
+        return places, counts, [numbers.tobytes() for numbers in self._numbers]
 
 
 def _few(tensor: Tensor):

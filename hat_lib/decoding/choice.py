@@ -27,14 +27,16 @@ ORDER = (RepetitionPenaltyLogitsProcessor, MinNewTokensLengthLogitsProcessor, *N
 OUTPUTS = ("output_scores", "output_logits", "output_attentions", "output_hidden_states")
 
 
+def asked(lm, given: dict, name: str):
+    """What a call of generate asks for: as ``given``, or else as in a config that is given, or in the model's own."""
+    config = given.get("generation_config") or lm.generation_config
+    return given.get(name, getattr(config, name, None))
+
+
 def one_by_one(lm, args: tuple, kwargs: dict) -> bool:
     """Whether a call of generate decodes greedily or samples, token by token."""
-    config = kwargs.get("generation_config") or lm.generation_config
-
-    def value(name: str):
-        return kwargs.get(name, getattr(config, name, None))
-
-    return len(args) < 2 and value("num_beams") in (None, 1) and not any(value(name) for name in OTHER_LOOPS)
+    others = any(asked(lm, kwargs, name) for name in OTHER_LOOPS)
+    return len(args) < 2 and asked(lm, kwargs, "num_beams") in (None, 1) and not others
 
 
 def choice_of(ids: Tensor, vocabulary: int, processors, criteria, config) -> Choice | None:

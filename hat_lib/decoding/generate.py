@@ -2,26 +2,30 @@
 
 - ``generate``: is the engine allowed? Decided once a call: hooks, adapters or other forwards put on the base later are
   not noticed before the next one.
-- ``_prefill``: the prompt, on the reference path, in full unless asked otherwise (``_prompt``).
+- ``_prefill``: the prompt, on the reference path, in full unless asked otherwise.
 - ``_loop``: greedy decoding and sampling, course after course of many tokens each, in compiled code.
 - ``_forward``: all else (beams, drafts, other processors and criteria) goes through transformers' own loop, a token at
   a time; the engine runs those of few tokens (``_step``), the reference path the rest.
 
-At the end, ``hat.trace`` is that of all new tokens. The engine (`hat_lib.engine`) decodes up to eight tokens at a time
-on a CPU, here and in forwards inside ``with hat.engine():``. All else is the reference path's (`hat_lib.method`).
+What is the prompt's is told by position: where one forward holds a prompt and drafts, it is run as two. A forward that
+does not read the text that comes out (a logits processor's, as for guidance, or a streamer's) is run like any other,
+and ``hat.trace``, at the end that of all new tokens, does not contain it. The engine (`hat_lib.engine`) decodes up to
+eight tokens at a time on a CPU, here and in forwards inside ``with hat.engine():``. All else is the reference path's
+(`hat_lib.method`).
 """
 
 from __future__ import annotations  # some of the names below are absent without numba
 
 import functools
+import math
 import threading
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass
+from contextvars import ContextVar, copy_context
+from dataclasses import dataclass, field
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.hooks import RemovableHandle
 from transformers import LlamaConfig, LlamaForCausalLM
@@ -31,7 +35,7 @@ from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from hat_lib.config import HatError
 from hat_lib.decoding import obstacles, steering
-from hat_lib.decoding.choice import choice_of, first_seen, one_by_one
+from hat_lib.decoding.choice import asked, choice_of, first_seen, one_by_one
 from hat_lib.engine.arrays import DOWN, FFN, GREEDY, MAX_TOKENS, STILL, Choice
 from hat_lib.method.setting import Setting
 from hat_lib.method.trace import Trace
@@ -50,10 +54,16 @@ PATIENCE = 0.03
 """seconds that a course takes, about: Ctrl-C waits for its end"""
 
 
+CALL: ContextVar[Call | None] = ContextVar("call", default=None)
+"""the call of generate under way in this thread, the innermost if one runs inside another's streamer"""
+
+
 @dataclass
 class Call:
-    """A call of ``generate`` under way in a thread."""
+    """A call of ``generate``."""
 
+    decoding: Decoding
+    """whose it is"""
     engine: bool
     """whether the engine may run its tokens"""
     gate_prompt: bool
@@ -61,20 +71,54 @@ class Call:
     threads: int
     """torch's number of threads when it began"""
     streamer: object = None
-    prefilled: bool = False
-    prompt: bool = False
-    """whether the prompt runs now"""
+    own_loop: bool = False
+    """whether the caller brought the loop: its first forward is then taken for the prompt, and all for the text's"""
     last_only: bool = False
     """whether nobody reads the final states of the prompt's tokens but the last"""
+    prompt_end: float | None = None
+    """tokens in the cache after the prompt: all that come before are the prompt's; None until that is known"""
+    next_input: Tensor | None = None
+    """what the text's next forward reads"""
+    cache: Cache | None = None
+    traces: list[Trace] = field(default_factory=list)
+    """of the text's forwards"""
+
+    def reads(self, given: dict) -> bool:
+        """Whether a forward reads the text, rather than something that a processor or a streamer is interested in."""
+        return self.own_loop or _input(given) is self.next_input
+
+    def note(self, trace: Trace, cache: Cache | None, prompt: bool = False) -> None:
+        """Take in what a forward of the text ran."""
+        self.cache = cache
+        if prompt:
+            trace.covers = "prompt"
+        self.traces.append(trace)
 
     def put(self, ids: np.ndarray) -> None:
         """Show the streamer the next token of each text, ``[B, 1]``."""
         if self.streamer is not None:
-            self.streamer.put(torch.from_numpy(ids[:, 0].copy()))
+            outside = copy_context()  # a forward in there is not the text's
+            outside.run(CALL.set, None)
+            outside.run(self.streamer.put, torch.from_numpy(ids[:, 0].copy()))
 
     def end(self) -> None:
         if self.streamer is not None:
             self.streamer.end()
+
+    def trace(self, one: bool) -> Trace | None:
+        """Of all new tokens that were read, if the rows of each forward are those of the texts that come out; else of
+        the last step. Without new tokens, of the prompt. None if nothing ran."""
+        new = [trace for trace in self.traces if trace.covers != "prompt"]
+        if not (new and one):
+            if new:
+                new[-1].covers = "last step of generate"
+            return self.traces[-1] if self.traces else None
+        # A forward that begins where another one was not yet at its end, takes the place of drafts that were rejected.
+        ends = [trace.start for trace in new[1:]] + [self.cache.get_seq_length() if self.cache else math.inf]
+        lengths = [max(0, min(trace.tokens, end - trace.start)) for trace, end in zip(new, ends, strict=True)]
+        whole = Trace.cat(new, lengths)
+        whole.covers = "new tokens"
+        return whole
 
 
 class Decoding:
@@ -91,8 +135,11 @@ class Decoding:
     def attach(self, hooks: list[RemovableHandle]) -> None:
         """Once the model's own ``hooks`` and forwards are in place."""
         self._snapshot = obstacles.Snapshot(self.lm, self.hat.config.n_layers, hooks)
-        self._original = {name: getattr(self.lm, name) for name in ("forward", "generate", "_prefill")}
-        for name, ours in (("forward", self._forward), ("generate", self._generate), ("_prefill", self._prefill)):
+        replacing = {"forward": self._forward, "generate": self._generate, "_prefill": self._prefill,
+                     "prepare_inputs_for_generation": self._prepare_inputs,
+                     "_get_candidate_generator": self._get_candidate_generator}  # fmt: skip
+        self._original = {name: getattr(self.lm, name) for name in replacing}
+        for name, ours in replacing.items():
             wrapped = functools.partial(ours)  # whose signature is transformers', which generate reads
             setattr(self.lm, name, functools.update_wrapper(wrapped, self._original[name]))
 
@@ -103,8 +150,14 @@ class Decoding:
 
     @property
     def call(self) -> Call | None:
-        """The call of generate under way in this thread."""
-        return getattr(self._thread, "call", None)
+        """The call of generate under way in this thread, if it is this model's."""
+        call = CALL.get()
+        return call if call is not None and call.decoding is self else None
+
+    @property
+    def traces(self) -> list[Trace]:
+        """Of the forwards by which this thread's last call of generate read its text, prompt and new tokens."""
+        return getattr(self._thread, "traces", [])
 
     def why_not(self) -> str | None:
         """Why the engine would decode nothing, as things stand; None if it would."""
@@ -122,45 +175,47 @@ class Decoding:
 
     def _generate(self, *args, gate_prompt: bool = False, **kwargs):
         self.hat.refresh()
-        before, threads, plain = self.call, torch.get_num_threads(), one_by_one(self.lm, args, kwargs)
-        engine, streamer = self.why_not() is None, kwargs.get("streamer")
-        self._thread.call = Call(engine, gate_prompt, threads, streamer)
-        if engine and plain:
+        threads, engine = torch.get_num_threads(), self.why_not() is None
+        own_loop = kwargs.get("custom_generate") is not None
+        call = Call(self, engine, gate_prompt, threads, kwargs.get("streamer"), own_loop)
+        beams = (asked(self.lm, kwargs, "num_beams") or 1) > 1
+        if engine and one_by_one(self.lm, args, kwargs):
             kwargs["custom_generate"] = self._loop
+        # Python itself ends this context, whatever is interrupted: no call is left behind for the next forward.
+        inside = copy_context()
+        inside.run(CALL.set, call)
         try:
-            with self.hat.collect() as traces:
-                return self._original["generate"](*args, **kwargs)
+            try:
+                return inside.run(self._original["generate"], *args, **kwargs)
+            finally:
+                torch.set_num_threads(threads)
+                self._thread.traces = call.traces
+                if (trace := call.trace(one=not (beams or own_loop))) is not None:
+                    self.context.last = trace
         finally:
-            torch.set_num_threads(threads)
-            self._thread.call = before
-            if new := [trace for trace in traces if trace.covers != "prompt"]:
-                # Beams, and drafts that may be rejected, are other rows than the texts that come out.
-                self.context.last = trace = Trace.cat(new) if plain else new[-1]
-                trace.covers = "new tokens" if plain else "last step of generate"
+            torch.set_num_threads(threads)  # once more, for an interrupt may have come first
 
-    def _prefill(self, *args, **kwargs):
+    def _prefill(self, input_ids, *args, **kwargs):
         """In chunks, if prefill_chunk_size is set."""
-        with self._prompt():
-            return self._original["_prefill"](*args, **kwargs)
+        if (call := self.call) is not None:
+            call.prompt_end = math.inf
+        out = self._original["_prefill"](input_ids, *args, **kwargs)
+        if call is not None:
+            call.prompt_end = out.cache.get_seq_length() if out.get("cache") else input_ids.shape[1]
+        return out
 
-    @contextmanager
-    def _prompt(self) -> Iterator[None]:
-        """A context in which forwards are the prompt's of a call of generate, which runs in full unless it is to spend
-        by capacity, on the reference path."""
-        call = self.call
-        if call is None or call.prompt:
-            yield
-            return
-        call.prefilled = call.prompt = True
-        if call.engine:
-            use_torch_threads(paced(call.threads), call.threads)
-        try:
-            with self.hat.collect() as traces, nullcontext() if call.gate_prompt else self.hat.dense():
-                yield
-        finally:
-            call.prompt = False
-            for trace in traces:
-                trace.covers = "prompt"
+    def _get_candidate_generator(self, *args, input_ids: Tensor, model_kwargs: dict, **kwargs):
+        """Where assisted generation begins, whose first forward reads the prompt and drafts."""
+        self.call.prompt_end = model_kwargs["cache"].get_seq_length() + input_ids.shape[1]
+        rest = {"input_ids": input_ids, "model_kwargs": model_kwargs, **kwargs}
+        return self._original["_get_candidate_generator"](*args, **rest)
+
+    def _prepare_inputs(self, *args, **kwargs):
+        """Before each forward in which transformers reads the text."""
+        given = self._original["prepare_inputs_for_generation"](*args, **kwargs)
+        if self.call is not None:
+            self.call.next_input = _input(given)
+        return given
 
     # -- greedy decoding and sampling ----------------------------------------------------------------
 
@@ -190,6 +245,7 @@ class Decoding:
             now = choice._replace(uniform=uniform[done : done + steps], earliest=max(choice.earliest - done - 1, 0))
             place = {"first": first, "position": position + done, "ended": ended}
             ids = self.course(found[-1][:, -1:], cache, steps, now, **place, threads=call.threads).ids
+            call.note(self.context.last, cache)
             found.append(ids)
             call.put(ids)
             done += ids.shape[1]
@@ -253,25 +309,70 @@ class Decoding:
     def _forward(self, *args, **kwargs):
         """Like `LlamaForCausalLM.forward`."""
         call, setting, given = self.call, self.context.setting, dict(kwargs)
-        if call is not None and not call.prefilled:
-            with self._prompt():
-                return self._reference(*args, **kwargs)
         if args:
             given["input_ids"] = args[0]
         if "past_key_values" in given:  # transformers' earlier name for it
             given["cache"] = given.pop("past_key_values")
-        wanted = setting.engine if call is None else call.engine and not call.prompt
-        out = None
+        if call is None or not call.reads(given):
+            return self._run(call, setting, given, args, kwargs)
+        cache, tokens = given.get("cache"), _input(given).shape[1]
+        start = 0 if cache is None else cache.get_seq_length()
+        if call.prompt_end is None:
+            call.prompt_end = start + tokens
+        of_prompt = min(max(call.prompt_end - start, 0), tokens)
+        if 0 < of_prompt < tokens:
+            return self._prompt_and_rest(given, of_prompt)
+        if of_prompt:
+            if call.engine:
+                use_torch_threads(paced(call.threads), call.threads)
+            setting = setting if call.gate_prompt else setting.holding(**self.hat.in_full)
+            out = self._reference(args, kwargs, setting, call.last_only)
+        else:
+            out = self._run(call, setting, given, args, kwargs)
+        call.note(self.context.last, cache, prompt=bool(of_prompt))
+        return out
+
+    def _prompt_and_rest(self, given: dict, count: int) -> CausalLMOutputWithPast:
+        """A forward whose first ``count`` tokens are the prompt's, as two: with drafts after it, or in a call without a
+        cache, which reads the whole text again for each token."""
+        cache, mask, keep = given.get("cache"), given.get("attention_mask"), given.get("logits_to_keep", 0)
+        within = DynamicCache(config=self.lm.config) if cache is None else cache
+        name, end = "inputs_embeds" if given.get("input_ids") is None else "input_ids", within.get_seq_length() + count
+        outs = []
+        for part in (slice(count), slice(count, None)):
+            some = {name: given[name][:, part], "cache": within, "use_cache": True, "logits_to_keep": 0}
+            if given.get("position_ids") is not None:
+                some["position_ids"] = given["position_ids"][..., part]
+            if mask is not None and part.stop:
+                some["attention_mask"] = mask[:, :end]
+            if isinstance(keep, int) and keep and part.stop:  # all logits of the prompt would be many
+                some["logits_to_keep"] = max(keep - given[name].shape[1] + count, 1)
+            self.call.next_input = some[name]
+            outs.append(self._forward(**given | some))
+        first, second = outs
+        logits = torch.cat([first.logits, second.logits], dim=1)
+        found = {"logits": logits[:, -keep:] if isinstance(keep, int) else logits[:, keep], "cache": cache}
+        if second.hidden_states:
+            pairs = zip(first.hidden_states, second.hidden_states, strict=True)
+            found["hidden_states"] = tuple(torch.cat(pair, 1) for pair in pairs)
+        if second.attentions:  # whose queries before the prompt's end see no keys after it
+            pairs, later = zip(first.attentions, second.attentions, strict=True), given[name].shape[1] - count
+            found["attentions"] = tuple(b if b is None else torch.cat([F.pad(a, (0, later)), b], 2) for a, b in pairs)
+        return CausalLMOutputWithPast(**found)
+
+    def _run(self, call: Call | None, setting: Setting, given: dict, args: tuple, kwargs: dict):
+        """On the engine if it may, else on the reference path."""
+        wanted, out = setting.engine if call is None else call.engine, None
         if wanted and len(args) < 2 and obstacles.takes(given, self.lm) and obstacles.of_setting(setting) is None:
             out = self._step(call, setting, **{name: given.get(name) for name in obstacles.ARGUMENTS})
-        if call is not None and not call.prompt:
+        if call is not None:
             torch.set_num_threads(call.threads) if out is None else use_torch_threads(1, call.threads)
-        return self._reference(*args, **kwargs) if out is None else out
+        return self._reference(args, kwargs, setting) if out is None else out
 
-    def _reference(self, *args, **kwargs):
-        with self.hat.begin() as forward:
-            forward.last_only = self.call is not None and self.call.last_only
-            out = self._original["forward"](*args, **kwargs)
+    def _reference(self, args: tuple, kwargs: dict, setting: Setting, last_only: bool = False):
+        forward = self.hat.new_forward(setting)
+        forward.last_only = last_only
+        out = self.context.run(forward, self._original["forward"], *args, **kwargs)
         self.hat.end(forward)
         return out
 
@@ -325,7 +426,9 @@ class Decoding:
         if self.why_not() is not None or not obstacles.fits(cache, self.lm, 1):
             return None
         first, position = np.zeros(1, np.int64), np.array([cache.get_seq_length()])
-        return self.course(token[None].numpy(), cache, steps, choice, first=first, position=position, logits=True)
+        found = self.course(token[None].numpy(), cache, steps, choice, first=first, position=position, logits=True)
+        self.call.note(self.context.last, cache)
+        return found
 
     # -- what ran --------------------------------------------------------------------------------------
 
@@ -340,10 +443,21 @@ class Decoding:
             trace.note_head(torch.from_numpy((channels / width + candidates / vocabulary).astype(np.float32)))
         return trace
 
+    def prepare(self) -> float:
+        """See `HierarchicalTransformer.prepare`."""
+        began, setting = time.perf_counter(), self.context.setting
+        self.hat.refresh()
+        if self.why_not() is None and self._key(setting) not in self._decoders:
+            _first_step(self._decoder(setting))
+        return time.perf_counter() - began
+
+    def _key(self, setting: Setting) -> tuple[str, bool]:
+        return setting.weight_format, self.hat.has_shortlist or setting.thresholds.shortlist
+
     def _decoder(self, setting: Setting) -> Decoder:
         """The packed model, as its weights were at the last prompt."""
         hat = self.hat
-        key = weight_format, shortlist = setting.weight_format, hat.has_shortlist or setting.thresholds.shortlist
+        key = weight_format, shortlist = self._key(setting)
         with self._lock:
             if key not in self._decoders:
                 parts = {"routers": hat.routers, "gates": hat.gates, "corrections": hat.corrections}
@@ -370,6 +484,12 @@ class Decoding:
         return sum(packed_bytes(decoder.weights) for decoder in self._decoders.values())
 
 
+def _input(given: dict) -> Tensor | None:
+    """What a forward reads: ids, int64 ``[B, T]``, or embeddings, ``[B, T, D]``."""
+    ids = given.get("input_ids")
+    return given.get("inputs_embeds") if ids is None else ids
+
+
 def token_by_token(lm, ids: Tensor, cache: Cache, mask: Tensor | None = None) -> None:
     """Read ``ids [B, T]`` after a cache; ``mask [B, T in the cache and here]`` is 0 at left padding."""
     for t, token in enumerate(ids.split(1, dim=1), start=cache.get_seq_length() + 1):
@@ -382,7 +502,11 @@ def warm() -> None:
     if UNAVAILABLE is None:
         sizes = dict.fromkeys(("vocab_size", "hidden_size", "intermediate_size", "head_dim"), 8)
         config = LlamaConfig(**sizes, num_hidden_layers=1, num_attention_heads=1)
-        one = np.zeros((1, 1), np.int64)
         for dtype in (torch.float32, torch.bfloat16):
-            decoder, cache = Decoder(LlamaForCausalLM(config).to(dtype)), DynamicCache(config=config)
-            decoder.step(one, cache, decoder.dense, Place(one, one[0], one.astype(bool)))
+            _first_step(Decoder(LlamaForCausalLM(config).to(dtype)))
+
+
+def _first_step(decoder: Decoder) -> None:
+    """Run any token, which compiles the loop."""
+    one, cache = np.zeros((1, 1), np.int64), DynamicCache(config=decoder.lm.config)
+    decoder.step(one, cache, decoder.dense, Place(one, one[0], one.astype(bool)))

@@ -261,9 +261,13 @@ class AdaptiveInference:
         hat, decode, length = self.hat, self.hat.base.tokenizer.decode, inputs.input_ids.shape[1]
         speculation = [Speculation(hat, seed) for _ in inputs.input_ids] if mode == "lossless" else []
         sampling = seeded(seed, hat.base.device) if how["do_sample"] else nullcontext()
-        with hat.collect() as traces, torch.inference_mode(), sampling:
+        with torch.inference_mode(), sampling:
+            hat.prepare()
+            if speculation:
+                with hat.changed(weight_format="base"):  # which verifies
+                    hat.prepare()
             began = time.perf_counter()
-            ids = self._drafted(inputs, speculation, how) if speculation else hat.lm.generate(**inputs, **how)
+            ids, traces = self._drafted(inputs, speculation, how) if speculation else self._text(inputs, how)
             seconds = time.perf_counter() - began
         mask = inputs.attention_mask.bool().repeat_interleave(len(ids) // len(inputs.input_ids), dim=0)
         real = self._real(ids, mask, how)
@@ -278,6 +282,7 @@ class AdaptiveInference:
             whole.real = whole.real & real[:, 1:]  # steps run only for the sake of other rows do not count
             if trace is not None:
                 trace.real = whole.real[:, -trace.tokens :]
+                trace.covers = "prompt and new tokens" if how.get("gate_prompt") else "new tokens"
         cost, new = state_cost(hat, whole), zip(ids[:, length:], real[:, length:], strict=True)
         return Generation(
             texts=[decode(row[kept], skip_special_tokens=True) for row, kept in new],
@@ -297,15 +302,21 @@ class AdaptiveInference:
             **found,
         )
 
-    def _drafted(self, inputs, speculation: list[Speculation], how: dict) -> Tensor:
-        """One prompt after another, padded like a batch."""
-        new = []
+    def _text(self, inputs, how: dict) -> tuple[Tensor, list[Trace]]:
+        """Prompts and what follows, and the traces of the forwards that read it."""
+        return self.hat.lm.generate(**inputs, **how), self.hat.text_traces
+
+    def _drafted(self, inputs, speculation: list[Speculation], how: dict) -> tuple[Tensor, list[Trace]]:
+        """The same by drafts, one prompt after another, padded like a batch."""
+        new, traces = [], []
         for ids, mask, one in zip(inputs.input_ids, inputs.attention_mask.bool(), speculation, strict=True):
             prompt = ids[None, mask]
-            text = self.hat.lm.generate(prompt, attention_mask=torch.ones_like(prompt), custom_generate=one, **how)
+            alone = {"input_ids": prompt, "attention_mask": torch.ones_like(prompt), "custom_generate": one}
+            text, ran = self._text(alone, how)
             new.append(text[0, prompt.shape[1] :])
+            traces += ran
         tail = pad_sequence(new, batch_first=True, padding_value=how["pad_token_id"])
-        return torch.cat([inputs.input_ids, tail], dim=1)
+        return torch.cat([inputs.input_ids, tail], dim=1), traces
 
     @torch.inference_mode()
     def _rerun(self, ids: Tensor, real: Tensor, length: int, how: dict) -> list[Trace]:

@@ -1,12 +1,14 @@
 """Setting: what a forward decides by. The model has one, and a thread another inside each context that it enters
 (`hat_lib.contexts`)."""
 
+import contextvars
 import threading
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from typing import Protocol, Self
 
+import torch
 from torch import Tensor
 
 from hat_lib.config import HatError
@@ -68,11 +70,11 @@ class Setting:
 class Context(threading.local):
     """What a model shares with its layers: its setting, for all threads, and each thread's settings and forwards."""
 
-    def __init__(self, shared: list[Setting]):
+    def __init__(self, shared: list[Setting], under_way: contextvars.ContextVar):
+        self._under_way = under_way
         # Each setting is alone in a list: the model's own, and those of the contexts that this thread has entered.
         self.shared = shared
         self.entered: list[list[Setting]] = []
-        self.forwards: list = []  # each a `hat_lib.method.forward.Forward` under way, innermost last
         self.collectors: list[list[Trace]] = []
         self.last: Trace | None = None
 
@@ -91,15 +93,18 @@ class Context(threading.local):
     def __reduce_ex__(self, protocol):
         raise HatError("an adapted model is never pickled: use save_pretrained or state_dict, or unload() it first")
 
-    @contextmanager
-    def during(self, forward) -> Iterator:
-        """Context of a forward, whose end leaves the thread as it was, whatever ends it."""
-        depth = len(self.forwards)
-        try:
-            self.forwards.append(forward)
-            yield forward
-        finally:
-            del self.forwards[depth:]
+    @property
+    def forwards(self) -> tuple:
+        """Each `hat_lib.method.forward.Forward` under way in this thread, innermost last."""
+        return self._under_way.get()
+
+    @torch.compiler.disable(recursive=False)
+    def run(self, forward, compute: Callable, *args, **kwargs):
+        """``compute(...)``, as what a forward does."""
+        # Not by a with-statement, which Ctrl-C can leave before its block has begun: Python itself ends this context.
+        inside = contextvars.copy_context()
+        inside.run(self._under_way.set, (*self.forwards, forward))
+        return inside.run(compute, *args, **kwargs)
 
     @contextmanager
     def collecting_alone(self) -> Iterator[list[Trace]]:

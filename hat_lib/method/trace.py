@@ -193,25 +193,28 @@ class Trace:
         return float((self.exited & self.real).sum() / self.real.sum().clamp(min=1))
 
     @classmethod
-    def cat(cls, traces: Sequence[Self]) -> Self:
-        """Join consecutive forwards of the same rows (prefill, then each decode step) along T: work adds up."""
-        first, masks = traces[0], None
+    def cat(cls, traces: Sequence[Self], lengths: Sequence[int] | None = None) -> Self:
+        """Join consecutive forwards of the same rows (prefill, then each decode step) along T: work adds up. Of each,
+        the first tokens alone, if ``lengths`` says how many; drafts that were rejected are left out like that."""
+        first, masks, lengths = traces[0], None, lengths or [t.tokens for t in traces]
+        parts = list(zip(traces, lengths, strict=True))
 
         def tokens(name: str) -> Tensor:
-            return torch.cat([getattr(t, name) for t in traces], dim=1)
+            return torch.cat([getattr(t, name)[..., :n] for t, n in parts], dim=-1)
 
         def columns(name: str) -> Tensor:
-            return torch.cat([torch.as_tensor(getattr(t, name), device=t.real.device).expand(t.tokens) for t in traces])
+            each = [(torch.as_tensor(getattr(t, name), device=t.real.device), t.tokens, n) for t, n in parts]
+            return torch.cat([value.expand(count)[:n] for value, count, n in each])
 
         if all(t.masks is not None for t in traces):
-            lengths = [t.tokens for t in traces]
-            masks = Masks(*(_joined([getattr(t.masks, kind) for t in traces], lengths) for kind in ("keep", "exits")))
+            cut = [t.masks.map(lambda mask, n=n: mask[:, :n]) for t, n in parts]
+            masks = Masks(*(_joined([getattr(m, kind) for m in cut], lengths) for kind in ("keep", "exits")))
         return cls(
             *map(tokens, ("real", "position", "protected")),
             *(first.site_work, first.n_layers, first.start),
             mask_shapes=first.mask_shapes,
             exit_layer=tokens("exit_layer"),
-            executed=torch.cat([t.site_share for t in traces], dim=-1),
+            executed=tokens("site_share"),
             masks=masks,
             head_read=tokens("head_shares"),
             **{name: columns(name) for name in ("routed", "gated", "corrected", "head_work")},
