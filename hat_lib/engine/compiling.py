@@ -6,6 +6,7 @@ numba itself looks only at the function's own file, and would run old code after
 
 import contextlib
 import hashlib
+import warnings
 from pathlib import Path
 
 from numba import njit
@@ -24,7 +25,7 @@ def compiled(*, reorder: bool = False, numbers: bool = False, keep: bool = False
         reorder: whether sums may be reordered; else products and sums are fused (FMA), and nothing more.
         numbers: whether what it returns for NaN does not matter: a maximum is then found many numbers at a time.
         inline: whether to compile it only as a part of what calls it, which spares a large function a second time.
-        keep: whether to keep the compiled code for other processes. A folder that cannot be written is not an error.
+        keep: whether to keep the compiled code for other processes. Warns of a folder that cannot be written.
     """
 
     def wrap(function):
@@ -32,8 +33,12 @@ def compiled(*, reorder: bool = False, numbers: bool = False, keep: bool = False
         how = {"boundscheck": False, "error_model": "numpy", "nogil": True, "inline": "always" if inline else "never"}
         dispatcher = njit(fastmath=fastmath, **how)(function)
         if keep:
-            with contextlib.suppress(Exception):  # no folder, or another numba: compiled in each process
+            try:
                 dispatcher._cache = _Cache(function)
+            except Exception as error:  # no folder, or another numba
+                how = "set HAT_CACHE to an absolute path of a folder that can be"
+                text = f"compiled code cannot be written ({error}), so each process compiles for up to a minute: {how}"
+                warnings.warn(text, stacklevel=2)
         return dispatcher
 
     return wrap

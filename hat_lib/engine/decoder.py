@@ -180,14 +180,16 @@ class Decoder:
 
     def _rotary(self, positions: int) -> np.ndarray:
         """`Rows.angles` of the base's own rotary embedding, rounded as it does; for so many positions or more."""
-        if positions >= self._angles.shape[1]:
+        angles = self._angles
+        if positions >= angles.shape[1]:
             with torch.no_grad():
                 like = torch.zeros(1, 1, 1, dtype=self.dtype)
                 tables = self.lm.model.rotary_emb(like, torch.arange(2 * positions + 256)[None])
             cos, sin = (F.pad(a[0, :, : self.head_dim // 2].float(), (0, 0, 1, 0)) for a in tables)
             cos[0] = 1
-            self._angles = torch.stack([cos, sin]).numpy()
-        return self._angles
+            # Another thread's text may be shorter, and its table takes this one's place at any time.
+            self._angles = angles = torch.stack([cos, sin]).numpy()
+        return angles
 
     def _shared(self, threads: int, rows: int, pieces: int) -> Shared:
         w, (d, _, _, ffn), (qkv, _, gate_up, _) = self.weights, self.inputs, self.outputs
