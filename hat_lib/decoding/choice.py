@@ -19,7 +19,9 @@ OTHER_LOOPS = ("assistant_model", "custom_generate", "prompt_lookup_num_tokens",
                "assistant_early_exit", "constraints", "force_words_ids", "tokenizer", "stop_strings", "dola_layers",
                "synced_gpus")  # fmt: skip
 """settings of generate for which transformers does not sample token by token, or that ``custom_generate`` loses"""
-NUMBERS = {TemperatureLogitsWarper: ("temperature", np.float32), TopKLogitsWarper: ("top_k", int),
+MOST = 1 << 30
+"""tokens, as good as endless"""
+NUMBERS = {TemperatureLogitsWarper: ("temperature", np.float32), TopKLogitsWarper: ("top_k", lambda k: min(k, MOST)),
            TopPLogitsWarper: ("top_p", np.float32), MinPLogitsWarper: ("min_p", np.float32)}  # fmt: skip
 """logits processors of one number -> its name and type"""
 ORDER = (RepetitionPenaltyLogitsProcessor, MinNewTokensLengthLogitsProcessor, *NUMBERS)
@@ -41,26 +43,38 @@ def one_by_one(lm, args: tuple, kwargs: dict) -> bool:
 
 def choice_of(ids: Tensor, vocabulary: int, processors, criteria, config) -> Choice | None:
     """How the tokens that follow ``ids [B, T]`` are chosen, from what transformers gives a ``custom_generate``."""
-    kinds = [type(processor) for processor in processors]
-    known = kinds == [kind for kind in ORDER if kind in kinds] and criteria.max_length is not None
+    kinds, ends = [type(processor) for processor in processors], [type(one) for one in criteria]
+    known = kinds == [kind for kind in ORDER if kind in kinds] and all(map(_does, processors))
+    known &= ends.count(MaxLengthCriteria) == 1 and {*ends} <= {MaxLengthCriteria, EosTokenCriteria}
+    known &= bool(config.do_sample) or not {*kinds} & {*NUMBERS}  # which may round two logits to one
     asked = config.return_dict_in_generate and any(getattr(config, name) for name in OUTPUTS)
-    if not known or asked or any(type(one) not in (MaxLengthCriteria, EosTokenCriteria) for one in criteria):
+    stops = [one.eos_token_id.numpy().ravel() for one in criteria if type(one) is EosTokenCriteria]
+    if not known or asked or stops and config._pad_token_tensor is None or not isinstance(criteria.max_length, int):
         return None
-    found = dict(zip(kinds, processors, strict=True))
-    stops = [one.eos_token_id.numpy() for one in criteria if type(one) is EosTokenCriteria]
-    fields = {"sample": bool(config.do_sample)}
+    found, fields = dict(zip(kinds, processors, strict=True)), {"sample": bool(config.do_sample)}
     if stops:
         fields |= {"stops": np.concatenate(stops).astype(np.int64), "pad": int(config._pad_token_tensor)}
     if (penalty := found.get(RepetitionPenaltyLogitsProcessor)) is not None:
-        seen = torch.zeros(len(ids), vocabulary, dtype=torch.bool)
         ignored = penalty.prompt_ignore_length
-        for row, text, padding in zip(seen, ids, [0] * len(ids) if ignored is None else ignored.tolist(), strict=True):
-            row[text[padding:]] = True
-        fields |= {"penalty": np.float32(penalty.penalty), "seen": seen.numpy()}
+        ignored = torch.as_tensor(ignored if isinstance(ignored, int | Tensor) else 0)
+        if ignored.shape not in ((), ids.shape[:1]) or (ignored > ids.shape[1]).any():  # of tokens to come, some
+            return None
+        text = ids.masked_fill(torch.arange(ids.shape[1]) < ignored[..., None], vocabulary).clamp(max=vocabulary)
+        seen = torch.zeros(len(ids), vocabulary + 1, dtype=torch.bool).scatter_(1, text, True)
+        fields |= {"penalty": np.float32(penalty.penalty), "seen": seen[:, :-1].contiguous().numpy()}
     if (shortest := found.get(MinNewTokensLengthLogitsProcessor)) is not None:
-        fields["earliest"] = shortest.min_new_tokens
+        if {*shortest.eos_token_id.ravel().tolist()} != {*fields.get("stops", GREEDY.stops).tolist()}:
+            return None
+        earliest = shortest.min_new_tokens + shortest.prompt_length_to_skip - ids.shape[1]
+        fields["earliest"] = min(max(earliest, 0), MOST)
     numbers = {name: number(getattr(found[kind], name)) for kind, (name, number) in NUMBERS.items() if kind in found}
     return GREEDY._replace(**fields, **numbers)
+
+
+def _does(processor) -> bool:
+    """Whether the loop follows what a processor was given besides its number."""
+    kept = 1 if type(processor) is TopKLogitsWarper else getattr(processor, "min_tokens_to_keep", 1)  # top_k has it
+    return kept == 1 and getattr(processor, "filter_value", -np.inf) == -np.inf
 
 
 def first_seen(mask: Tensor | None, b: int, t: int, length: int) -> np.ndarray | None:

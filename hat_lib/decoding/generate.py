@@ -462,7 +462,10 @@ class Decoding:
             if key not in self._decoders:
                 parts = {"routers": hat.routers, "gates": hat.gates, "corrections": hat.corrections}
                 norm = hat.head_norm if shortlist else None
-                self._decoders[key] = Decoder(self.lm, weight_format, **parts, head_norm=norm)
+                try:
+                    self._decoders[key] = Decoder(self.lm, weight_format, **parts, head_norm=norm)
+                except ValueError as error:  # a weight that the format cannot hold
+                    raise HatError(f"{hat.base.name}: {error}") from error
             return self._decoders[key]
 
     def check_format(self, weight_format: str) -> None:

@@ -71,7 +71,7 @@ def pack(
     """The weights of a `LlamaForCausalLM` on the CPU, in float32 or bfloat16, with those of a model on it.
 
     Args:
-        form: "base", "int8" or "q4"; ValueError if the base is `unfit`.
+        form: "base", "int8" or "q4"; ValueError if the base is `unfit`, or if it has a weight that this cannot hold.
         routers, corrections: by "{layer}_{site}"; None for none.
         gates: by depth.
         head_norm: of the head's columns, fp32 ``[D]``, for a shortlist: the head is then packed once more, transposed.
@@ -184,7 +184,18 @@ def _product(lm, name: str, form: str, routers, corrections, block: int) -> Line
             packed.weight[i, :, :outputs] = rows.t()
         else:
             packed.scale[i] = (_four_bits if form == "q4" else _eight_bits)(rows, packed.weight[i])
+            if (bad := ~packed.scale[i].isfinite()).any():
+                names = [f"layer {i}, {n.split('.')[-1]}, row {r}" for n, m in zip(LINEARS[name], linears, strict=True)
+                         for r in range(m.out_features)]  # fmt: skip
+                at = int(bad.nonzero()[0])
+                raise _unkept(names[int(arranged(torch.arange(outputs))[at])], rows[at], form)
     return Linear(*map(as_numpy, packed[:-1]), packed.split)
+
+
+def _unkept(where: str, row: Tensor, form: str, limits: str = "") -> ValueError:
+    """The error of a row with a weight that a form has no scale for."""
+    value = row[row.abs().argmax()]  # NaN, if there is one
+    return ValueError(f"{where}: {value:g} cannot be kept in {form} ({limits or 'its row needs a finite scale'})")
 
 
 def _memory(shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
@@ -217,8 +228,16 @@ def _head(weight: Tensor, form: str, previewed: bool) -> tuple[Tensor, Tensor, T
     head, scale = _memory(weight.shape, torch.int8), _memory((outputs, channels // GROUP), torch.half)
     for part, to, factor in zip(weight.split(4096), head.split(4096), scale.split(4096), strict=True):
         groups = part.float().unflatten(1, (-1, GROUP))
-        factor.copy_((groups.abs().amax(2) / 127).clamp_(min=2.0**-24))
+        exact = (groups.abs().amax(2) / 127).clamp_(min=2.0**-24)
+        # Tiny ones are rounded up: float16 has few bits for them, and the group's largest weights would be cut off.
+        factor.copy_(exact.where(~(exact < 2.0**-17), (exact * 2**24).ceil_() / 2**24))
         to.copy_((groups / factor.float()[..., None]).round_().clamp_(-127, 127).flatten(1))
+    if (bad := ~scale.isfinite().all(1)).any():
+        at = int(bad.nonzero()[0])
+        raise _unkept(f"the head, row {at}", weight[at], form, "those of the head must be below 8e6")
+    if scale.max() == 2.0**-24 and weight.any():  # coarser than eight bits even for the largest
+        at = int(weight.abs().amax(1).argmax())
+        raise _unkept(f"the head, row {at}", weight[at], form, "the head's largest must be above 8e-6")
     padded = F.pad(weight, (0, 0, 0, -outputs % TILE)) if previewed else weight[:0]
     columns = _memory((channels // GROUP * GROUP_ROWS, len(padded) // 2), torch.uint8)
     return head, scale.view(torch.int16), columns, _four_bits(padded, columns) if previewed else torch.zeros(0)

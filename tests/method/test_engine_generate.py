@@ -1,19 +1,30 @@
 """Texts that the engine writes within transformers' `generate` are those of the reference path."""
 
 import copy
+import inspect
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
+from itertools import product
 
 import numpy as np
 import pytest
 import torch
+from soak.processors import agrees
 from test_fast_path import every_family, hook
 from test_transformer import GREEDY, close
 from tiny_runs import active, tiny
-from transformers import DynamicCache, LlamaForCausalLM, LogitsProcessor, LogitsProcessorList, TextStreamer
-from transformers.generation.stopping_criteria import StoppingCriteria
+from transformers import DynamicCache, GenerationConfig, LlamaForCausalLM, TextStreamer, generation
+from transformers.generation import (
+    EosTokenCriteria,
+    LogitsProcessor,
+    LogitsProcessorList,
+    MaxLengthCriteria,
+    StoppingCriteria,
+    StoppingCriteriaList,
+)  # fmt: skip
 
 from hat_lib.config import HatError
+from hat_lib.decoding.choice import ORDER, choice_of
 from hat_lib.engine import team
 from hat_lib.method.trace import Trace
 
@@ -165,3 +176,57 @@ class TestGenerate:
         assert torch.equal(*self.both(hat, text, max_new_tokens=more))
         with hat.dense():
             assert torch.equal(hat.lm.generate(text, **given), lm.generate(text, **given))
+
+
+WARPER = {"filter_value": [-np.inf, -3.0, 0.0, np.nan], "min_tokens_to_keep": [1, 2, 20, 500]}
+STOPS = [7, [7, 9], torch.tensor([9, 7]), torch.tensor(7)]
+ARGUMENTS = {
+    "TemperatureLogitsWarper": {"temperature": [0.7, 1e-3, 1e6, np.inf]},
+    "TopKLogitsWarper": {"top_k": [5, 1, 259, 10**30]} | WARPER,
+    "TopPLogitsWarper": {"top_p": [0.8, 1e-6, 0.0, 1.0]} | WARPER,
+    "MinPLogitsWarper": {"min_p": [0.1, 0.0, 1.0]} | WARPER,
+    "RepetitionPenaltyLogitsProcessor": {
+        "penalty": [1.3, 0.5, 1e30, 1.0],
+        "prompt_ignore_length": [None, 0, 4, 12, 13, np.int64(4), torch.tensor([0, 12]), torch.tensor([-3, 13])],
+    },
+    "MinNewTokensLengthLogitsProcessor": {
+        "prompt_length_to_skip": [12, 0, 10, 14], "min_new_tokens": [3, 0, 1, 10**30], "eos_token_id": STOPS,
+        "device": ["cpu"],
+    },
+    "EosTokenCriteria": {"eos_token_id": STOPS},
+    "MaxLengthCriteria": {"max_length": [20, 10**30], "max_position_embeddings": [None, 8]},
+}  # fmt: skip
+"""what the engine takes over, and values of each argument: first what is usual"""
+UNLIKE = {"filter_value", "min_tokens_to_keep", "prompt_ignore_length", "eos_token_id"}
+"""for some values of these, transformers' own loop runs"""
+
+
+@pytest.mark.parametrize("kind", ARGUMENTS)
+def test_every_argument_of_every_processor(kind):
+    """The engine chooses as transformers does, or leaves it to transformers, at this token and at later ones."""
+    values, made = ARGUMENTS[kind], getattr(generation, kind)
+    assert {*ARGUMENTS} == {k.__name__ for k in ORDER} | {"EosTokenCriteria", "MaxLengthCriteria"}
+    assert [*values] == [*inspect.signature(made).parameters]
+    draws, config, padless, greedy = np.random.default_rng(0), *(GenerationConfig(do_sample=d) for d in (1, 1, 0))
+    config._pad_token_tensor = greedy._pad_token_tensor = torch.tensor(0)
+    padless._pad_token_tensor = None
+    ids = torch.from_numpy(draws.integers(0, 260, (2, 16)))
+    logits = torch.from_numpy(draws.normal(0, 2, (2, 260)).astype("f4"))
+    for given in (dict(zip(values, v, strict=True)) for v in product(*values.values())):
+        one, usual = made(**given), all(given[name] is values[name][0] for name in UNLIKE & {*given})
+        others = [k for k in (EosTokenCriteria(7), MaxLengthCriteria(20)) if type(k) is not made]
+        processors = LogitsProcessorList([one] if made in ORDER else [])
+        criteria = StoppingCriteriaList(others if made in ORDER else [*others, one])
+        choice = choice_of(ids[:, :12], 260, processors, criteria, config)
+        if choice is None:
+            assert not usual, given
+            continue
+        for step in range(5):
+            if step and choice.seen.size:
+                choice.seen[[0, 1], ids[:, 11 + step]] = True
+            expected = processors(ids[:, : 12 + step], logits.clone()).softmax(-1).numpy()
+            assert agrees(expected, logits.numpy(), choice, step), given
+        assert np.array_equal(np.unique(choice.stops), criteria(torch.arange(260)[:, None], None).nonzero().ravel())
+        assert (choice_of(ids[:, :12], 260, processors, criteria, greedy) is None) == ("Warper" in kind)
+        assert choice_of(ids[:, :12], 260, processors, criteria, padless) is None
+        assert choice_of(ids[:, :12], 260, processors, StoppingCriteriaList([*criteria] * 2), config) is None
