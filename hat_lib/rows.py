@@ -2,12 +2,15 @@
 
 The columns are the fields of a dataclass: `str`, `bool`, `int` or `float`, or one of these `` | None``. A row is on
 disk before `write` returns; a run killed in the middle of one leaves half a line, which the next `RowWriter` drops.
+A file edited by hand may end in a whole row without its end. As that may be half a number ("0.12" of "0.123"), it is
+dropped, too, but with a warning that has the line.
 """
 
 import csv
 import math
 import os
 import typing
+import warnings
 from collections.abc import Sequence
 from contextlib import AbstractContextManager
 from dataclasses import fields
@@ -18,7 +21,7 @@ import pandas as pd
 
 from hat_lib import config
 from hat_lib.config import HatError, lock
-from hat_lib.text.plain import cell, from_cell
+from hat_lib.text.plain import cell, from_cell, printable
 
 
 class RowWriter(AbstractContextManager):
@@ -37,7 +40,8 @@ class RowWriter(AbstractContextManager):
             raise HatError(f"cannot write {path}: {error.strerror or error}") from error
         lock(self._file, f"{path} is being written by another run")
         self._file.seek(0)
-        self._columns, rows, end = _parse(self.path, row_type, self._file.buffer.read())
+        self._hints, data = typing.get_type_hints(row_type), self._file.buffer.read()
+        self._columns, rows, end = _parse(self.path, row_type, data)
         self.done = {self._key(row): row for row in rows}
         self._file.truncate(end)
         if not end:
@@ -45,8 +49,7 @@ class RowWriter(AbstractContextManager):
 
     def write(self, row) -> None:
         """Append one row."""
-        values = [getattr(row, name) for name in self._columns]
-        self._append([cell(value) if isinstance(value, str) else value for value in values])
+        self._append([_cell(getattr(row, name), self._hints[name]) for name in self._columns])
         self.done[self._key(row)] = row
 
     def __exit__(self, *_) -> None:
@@ -86,7 +89,28 @@ def _parse(path: Path, row_type: type, data: bytes | None = None) -> tuple[list[
             rows.append(row_type(**values))
     except (OSError, ValueError, KeyError, csv.Error) as error:
         raise HatError(f"cannot read {path}, row {len(rows) + 1}: {error}") from error
+    if end < len(data):
+        _warn_if_whole(path, row_type, data, end, rows)
     return columns, rows, end
+
+
+def _warn_if_whole(path: Path, row_type: type, data: bytes, end: int, rows: list) -> None:
+    try:
+        lost = _parse(path, row_type, data + b"\n")[1][-1]
+    except HatError:  # half a row
+        return
+    if lost not in rows:
+        line = printable(data[end:].decode())
+        why = "it has no line end, and may be cut off; if it is whole, add it again, with one"
+        warnings.warn(f"{path}: the last line is dropped, {line}: {why}", stacklevel=4)
+
+
+def _cell(value, hint):
+    """A value as it is written. An empty cell is None, so where that may be, an empty text is an apostrophe."""
+    if not isinstance(value, str):
+        return value
+    text = cell(value)
+    return "'" + text if NoneType in typing.get_args(hint) and not text.strip("'") else text
 
 
 def _value(text: str, hint):
@@ -95,14 +119,17 @@ def _value(text: str, hint):
         return None
     if bool in kinds:
         return {"True": True, "False": False}[text]
-    return from_cell(text) if str in kinds else kinds[0](text)
+    if str in kinds:
+        return text[1:] if NoneType in kinds and not text.strip("'") else from_cell(text)
+    return kinds[0](text)
 
 
-def rounded(row_type: type, **values):
-    """A row with its floats rounded to five significant digits, nan as None; values without a column are dropped."""
+def rounded(row_type: type, exact: Sequence[str] = (), /, **values):
+    """A row with its floats rounded to five significant digits, nan as None; values without a column are dropped. Those
+    named in ``exact`` stay as they are: rounded, a key is not the one that is asked for again."""
     row = {field.name: values[field.name] for field in fields(row_type) if field.name in values}
     for name, value in row.items():
-        if isinstance(value, float):
+        if isinstance(value, float) and name not in exact:
             row[name] = None if math.isnan(value) else float(f"{value:.5g}")
     return row_type(**row)
 

@@ -70,7 +70,7 @@ def rows(
                     columns = machine(loaded) | perplexity(dense, score)
                     columns |= compare(first[(text, split), capacity], score).ends("margin")
                     columns |= {"change": name, "text": text, "split": split}
-                    yield rounded(Row, **columns | {"capacity": capacity, "realised": score.layer_capacity})
+                    yield rounded(Row, KEY, **columns | {"capacity": capacity, "realised": score.layer_capacity})
 
 
 def _scored(hat: HierarchicalTransformer, blocks) -> tuple[Score, dict[float, Score]]:

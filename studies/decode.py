@@ -212,7 +212,7 @@ def _row(hat, way: Way, ways: Sequence[Way], steps: int, rounds: int) -> Row:
         columns |= over_dense(dense.times, way.times)
     columns["over_hf"] = None if way is hf else statistics.median(ratios(hf.times, way.times))
     columns["tokens_per_second"] = 1e3 / columns["ms"]
-    return rounded(Row, **machine(hat.base) | columns)
+    return rounded(Row, KEY, **machine(hat.base) | columns)
 
 
 def _ideal(cost: Work, size: int, form: str) -> float:

@@ -314,7 +314,7 @@ def _row(hat: HierarchicalTransformer, way, ways: Sequence, columns: dict) -> Ro
     if isinstance(way, Engine):
         (dense,) = (w for w in ways if (w.name, w.weights, w.capacity) == ("engine", way.weights, 1.0))
         columns |= over_dense(dense.times, way.times) | {"timed": way.share(way.traces[1:])}
-    return rounded(Row, **machine(hat.base) | columns | {"dtype": dtype})
+    return rounded(Row, KEY, **machine(hat.base) | columns | {"dtype": dtype})
 
 
 def figures(results: Path | None = None) -> dict:

@@ -124,7 +124,7 @@ def _measure(hat: HierarchicalTransformer, plain, number: int, prompt: Prompt, m
     columns |= {"identical": parted is None, "parted_at": parted, "gap_ulp": gap, "rounds": rounds}
     columns["over_dense_low"] = min(over_dense) if rounds > 1 else None
     columns["over_dense_high"] = max(over_dense) if rounds > 1 else None
-    return rounded(Row, **machine(hat.base) | {"ms_early_exit": None} | columns)
+    return rounded(Row, KEY, **machine(hat.base) | {"ms_early_exit": None} | columns)
 
 
 def parting(base: Tensor, other: Tensor, logits: Sequence[Tensor]) -> tuple[int | None, float | None]:

@@ -121,7 +121,7 @@ def rows(
         about |= machine(hat.base) | {"checkpoint": Path(checkpoint).name, "largest": curve.largest}
         for target, made in found.items():
             about |= {"requested": target, "reachable": bool(made), "new_tokens": max_new_tokens}
-            yield rounded(Row, **about | made)
+            yield rounded(Row, KEY, **about | made)
 
 
 def _price(found: Sequence[dict], hat: HierarchicalTransformer, blocks: Callable, base: Callable) -> None:

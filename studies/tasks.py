@@ -98,7 +98,7 @@ def rows(
     for task in tasks:
         missing = [c for c in capacities if (task, c) not in done]
         for capacity, columns in zip(missing, _measured(hat, task, missing, count), strict=True):
-            yield rounded(Row, **machine(hat.base), task=task, capacity=capacity, **columns)
+            yield rounded(Row, KEY, **machine(hat.base), task=task, capacity=capacity, **columns)
 
 
 def _measured(hat: HierarchicalTransformer, task: str, capacities: Sequence[float], count: int) -> Iterator[dict]:

@@ -15,12 +15,14 @@ from dataclasses import asdict, dataclass, fields
 from functools import cache, partial
 from itertools import groupby, product
 from pathlib import Path
+from types import SimpleNamespace
 from typing import NamedTuple
 
 import numpy as np
 import pandas as pd
 from datasets import Dataset
 
+from hat_lib.base.load import chosen, tokenizer_of
 from hat_lib.base.machine import Machine, machine
 from hat_lib.checkpoint import Checkpoint, Price, digest, read_checkpoint
 from hat_lib.config import CAPACITY_MIN, DATA, HatError, check_capacity, check_exit_rate
@@ -121,43 +123,65 @@ def grid(
 
 
 def rows(
-    done: Mapping[tuple, Row], checkpoints: Mapping[str, tuple[Path, Path]], points: Sequence[Point], dtype: str | None
-) -> Iterator[Row]:
-    """Rows for the ``points`` that are not ``done``; ``checkpoints`` are a trained and an untrained one for each grain.
+    done: Mapping[tuple, Row], checkpoints: Mapping[str, tuple[Path, Path]], points: Sequence[Point], dtype: str | None,
+    file: Path | str = "the file",
+) -> Iterator[Row]:  # fmt: skip
+    """Rows for the ``points`` that are not ``done``, as the rows of ``file`` are; ``checkpoints`` are a trained and an
+    untrained one for each grain.
 
-    Raises `HatError` for checkpoints of other kinds, and if ``done`` has rows of others. A control that cannot match
-    the work of the trained model is left out with a warning.
+    Raises `HatError` for checkpoints of other kinds and, before anything is measured, for a row that is done by another
+    checkpoint or base, in another dtype, or on what was another text of that name. A control that cannot match the work
+    of the trained model is left out with a warning.
     """
-    adapters = {}
+    found, adapters = {}, {}
     for grain, (trained, untrained) in checkpoints.items():
-        found = read_checkpoint(trained)
-        if found.config.granularity != grain:
-            raise HatError(f"{trained} has the {found.config.granularity} grain, expected {grain}")
-        if not (found.training or {}).get("routers"):
+        found[grain] = read_checkpoint(trained)
+        if found[grain].config.granularity != grain:
+            raise HatError(f"{trained} has the {found[grain].config.granularity} grain, expected {grain}")
+        if not (found[grain].training or {}).get("routers"):
             raise HatError(f"{trained} has no trained routers: expected a checkpoint as `hat train` writes it")
         if read_checkpoint(untrained).training is not None:
             raise HatError(f"{untrained} was trained: expected a checkpoint as `hat calibrate` writes it")
-        adapters |= {(grain, exits): adapter_digest(found, exits) for exits in (False, True)}
+        adapters |= {(grain, exits): adapter_digest(found[grain], exits) for exits in (False, True)}
+
+    tokenizer = cache(tokenizer_of)
+
+    @cache
+    def text_of(grain: str, text: str, max_tokens: int) -> tuple[Dataset, str]:
+        """Its blocks, spread over all documents of a bundled text, the beginning of any other; and their hash."""
+        made = SimpleNamespace(training_summary=found[grain].training, calibration=found[grain].calibration)
+        how = {"split": default_split(text, made), "max_tokens": None if text in CORPORA else max_tokens}
+        blocks = spread(load_text(text, tokenizer(found[grain].base), **how), max_tokens)
+        return blocks, text_hash(blocks)[:16]
+
+    asked = {(p.granularity, p.text) for p in points}
     for row in done.values():
-        if row.adapter != adapters.get((row.granularity, row.exit_rate > 0), row.adapter):
-            raise HatError(
-                f"there are rows of another {row.granularity} checkpoint than {checkpoints[row.granularity][0]}: "
-                "measure all of them again, or write elsewhere"
-            )
+        now = {"dtype": str(chosen(dtype)[0]).removeprefix("torch.")}
+        if row.granularity in found:
+            now |= {"adapter": adapters[row.granularity, row.exit_rate > 0], "base": found[row.granularity].base}
+        if (row.granularity, row.text) in asked:  # whatever its tokens: a price is of those with the most
+            now["text_hash"] = text_of(row.granularity, row.text, row.max_tokens)[1]
+        for name, value in now.items():
+            if (before := getattr(row, name)) != value:
+                raise HatError(
+                    f"{file} has rows of {row.text}, {row.granularity} grain, with {name} {before}, now it is {value}: "
+                    "measure all of them again, or write elsewhere"
+                )
+    missing = [p for p in points if p not in done]
+    for p in missing:
+        text_of(p.granularity, p.text, p.max_tokens)  # raises for a text that cannot be read
     for grain, (trained, untrained) in checkpoints.items():
-        missing = [p for p in points if p.granularity == grain and p not in done]
-        if missing:
+        here = [p for p in missing if p.granularity == grain]
+        if here:
             hat = HierarchicalTransformer.from_pretrained(trained, dtype=dtype)
-            missing = [p for p in missing if p.variant != "fine_tuned" or hat.corrections]
-        for (text, max_tokens), group in groupby(missing, key=lambda p: (p.text, p.max_tokens)):
-            # Blocks spread over all documents of a bundled text; the beginning of any other.
-            how = {"split": default_split(text, hat), "max_tokens": None if text in CORPORA else max_tokens}
-            blocks = spread(load_text(text, hat.base.tokenizer, **how), max_tokens)
-            about = machine(hat.base) | {"documents": len(set(blocks["doc"])), "text_hash": text_hash(blocks)[:16]}
-            for point, base, partner, found in _scored(hat, untrained, blocks, list(group)):
-                margin = compare(partner, found).ends("margin")
+            here = [p for p in here if p.variant != "fine_tuned" or hat.corrections]
+        for (text, max_tokens), group in groupby(here, key=lambda p: (p.text, p.max_tokens)):
+            blocks, its_hash = text_of(grain, text, max_tokens)
+            about = machine(hat.base) | {"documents": len(set(blocks["doc"])), "text_hash": its_hash}
+            for point, base, partner, scored in _scored(hat, untrained, blocks, list(group)):
+                margin = compare(partner, scored).ends("margin")
                 adapter = adapters[grain, point.exit_rate > 0]
-                yield rounded(Row, **about | columns(base, found) | point._asdict() | margin, adapter=adapter)
+                yield rounded(Row, KEY, **about | columns(base, scored) | point._asdict() | margin, adapter=adapter)
 
 
 def _scored(hat, untrained: Path, blocks: Dataset, points: Sequence[Point]) -> Iterator[tuple]:
@@ -227,7 +251,10 @@ def adapter_digest(found: Checkpoint, exits: bool) -> str:
 
 
 def prices(rows: pd.DataFrame, granularity: str, variant: str = "trained") -> list[Price]:
-    """What a variant was measured at, without exits, for its checkpoint: at each capacity, on the most tokens."""
+    """What a variant was measured at, without exits, for its checkpoint: at each capacity, on the most tokens. Raises
+    `HatError` for rows in several dtypes."""
+    if len(dtypes := sorted(set(rows["dtype"]))) > 1:
+        raise HatError(f"prices must be of one dtype, got rows in {', '.join(dtypes)}")
     rows = rows[(rows["granularity"] == granularity) & (rows["variant"] == variant) & (rows["exit_rate"] == 0)]
     rows = rows.sort_values(["text", "capacity", "tokens"]).drop_duplicates(["text", "capacity"], keep="last")
     rows = rows.rename(columns={"increase_low": "low", "increase_high": "high", "base_ppl": "base_perplexity"})

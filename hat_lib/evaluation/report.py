@@ -189,7 +189,7 @@ def _work(row: Mapping) -> list[str]:
 def on_grid(out: Path, checkpoints: Mapping, points: Sequence[Point], dtype: str | None) -> Iterator[str]:
     """Measure the ``points`` that the file ``out`` lacks; each row is written before its line is given."""
     with RowWriter(out, Row, KEY) as writer:
-        for r in rows(writer.done, checkpoints, points, dtype):
+        for r in rows(writer.done, checkpoints, points, dtype, out):
             writer.write(r)
             interval = NONE if r.increase_low is None else f"{r.increase_low:+.2%} to {r.increase_high:+.2%}"
             yield (

@@ -168,9 +168,11 @@ def names_file(source: str | Path) -> bool:
 
 def default_split(source: str | Path, hat) -> str:
     """The split to measure ``hat`` on: all of a file, unless ``hat`` was made with one of that name; else test."""
-    trained_on = str((hat.training_summary or {}).get("recipe", {}).get("text", ""))
-    calibrated_on = hat.calibration.text.partition(", train and ")[0] if hat.calibration else ""
-    used = {Path(part.strip()).name for part in f"{trained_on}+{calibrated_on}".split("+")}
+    # The recipe is that of the last phase; another phase's text is known by its own summary, or by the calibration.
+    parts = [part for part in (hat.training_summary or {}).values() if isinstance(part, dict)]
+    calibrated_on = re.split(", (?:train and|validation split)", hat.calibration.text)[0] if hat.calibration else ""
+    names = "+".join([calibrated_on, *(str(part.get("text", "")) for part in parts)]).split("+")
+    used = {Path(name.strip()).name for name in names}
     return "all" if names_file(source) and Path(source).name not in used else "test"
 
 

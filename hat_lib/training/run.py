@@ -200,6 +200,7 @@ def _train(
                     summary["exit_agreement"] = [[round(a, 4) for a in row] for row in agreement]
                 minutes = round(seconds_so_far(folder / LOG_FILE, phase) / 60, 1)
                 summary[phase] = {"steps": outcome.steps, "minutes": minutes, "tokens": count_tokens(blocks)}
+                summary[phase]["text"] = recipe.text
                 of_run = {"recipe": asdict(recipe), "command": run.command, "inputs": inputs if resume else noted}
                 hat.training_summary = summary | of_run
                 hat.save_pretrained(folder)

@@ -7,13 +7,13 @@ layer and site, uint8 ``[C, T, L, S]``: 0 to 250 for 0 to 100 %, 255 in layers t
 
 import json
 from collections.abc import Mapping, Sequence
-from functools import lru_cache
 from importlib.resources import files
 
 import numpy as np
 import torch
 
 from hat_lib.base.families import linear_work
+from hat_lib.base.watch import Watch
 from hat_lib.config import HatError
 from hat_lib.decoding.inference import AdaptiveInference
 from hat_lib.evaluation.tokens import TokenTable, prompt_blocks, prompt_ids, token_table
@@ -24,6 +24,7 @@ from hat_lib.text.token_classes import pieces
 
 CAPACITIES = (1.0, 0.9, 0.8, 0.7, 0.62, 0.55, 0.5, 0.45, 0.4)
 NEW_TOKENS = 24
+KEPT = 32  # answers
 MOST = 128
 """tokens of a prompt; a map of more would be unreadable"""
 WHOLE, LEFT = 250, 255  # a share of 100 %, and a layer that a token did not enter
@@ -40,8 +41,9 @@ class Screen:
 
     def __init__(self, hat: HierarchicalTransformer):
         self.hat, self._exit_rate = hat, hat.exit_rate
-        self._about = lru_cache(32)(self._about)  # the same examples are chosen again and again
-        self._base_states = lru_cache(1)(lambda prompt: {})  # of the last prompt
+        self._made_with = None
+        self._answers: dict[tuple[str, str], bytes] = {}  # the same examples are chosen again and again
+        self._base_states: dict[str, dict] = {}  # of the last prompt
 
     def answer(self, question: Mapping) -> bytes:
         """A block about ``question["prompt"]``, as ``question["ask"]`` says:
@@ -63,12 +65,28 @@ class Screen:
         if ask not in ("map", "texts", "whole", "forced"):
             raise HatError(f"ask must be map, texts, whole or forced, got {ask!r}")
         with self.hat.at(exit_rate=self._exit_rate):
+            self._forget_stale()
             if ask != "forced":
-                return self._about(ask, prompt)
+                if (ask, prompt) not in self._answers:
+                    if len(self._answers) == KEPT:
+                        del self._answers[next(iter(self._answers))]
+                    self._answers[ask, prompt] = self._about(ask, prompt)
+                return self._answers[ask, prompt]
             cells = self._cells(question.get("cells"), length)
             with self.hat.at(question.get("capacity")), self.hat.using(_forced(self.hat, cells)):
                 found = [self._table(prompt)]
         return _packed({"words": _words(self.hat, found), "step": _step(found[0])}, found)
+
+    def _forget_stale(self) -> None:
+        """Drop what was made with other weights, another calibration or another setting, but for the capacity."""
+        self.hat.refresh()  # now, as it writes what follows from changed weights
+        with self.hat.at(1.0):
+            setting = repr(self.hat.new_forward().setting)  # its arrays have no one equality
+        made_with = setting, self.hat.calibration, list(self.hat.prices), Watch(self.hat).seen
+        if made_with != self._made_with:
+            self._made_with = made_with
+            self._answers.clear()
+            self._base_states.clear()
 
     def _about(self, ask: str, prompt: str) -> bytes:
         header, found = ({}, []) if ask == "texts" else self._map(prompt)
@@ -78,7 +96,8 @@ class Screen:
 
     def _table(self, prompt: str) -> TokenTable:
         blocks = prompt_blocks(self.hat.base.tokenizer, {"prompt": prompt})
-        return token_table(self.hat, blocks, base_states=self._base_states(prompt), progress=False)
+        self._base_states = {prompt: self._base_states.get(prompt, {})}
+        return token_table(self.hat, blocks, base_states=self._base_states[prompt], progress=False)
 
     def _map(self, prompt: str) -> tuple[dict, list[TokenTable]]:
         hat, found, lm = self.hat, [], self.hat.lm.config

@@ -162,6 +162,10 @@ def test_sweep_resumes_and_draws(run_hat, tmp_path):
     assert code == 0 and printed.count("channel  docstrings") == 3, "only what was missing"
     prices = read_checkpoint(tmp_path / "trained").prices
     assert {(p.text, p.capacity) for p in prices} == {("docstrings", 0.6), ("docstrings", 0.8)}
+    before = out.read_bytes()
+    code, printed, err = run_hat("sweep", *options, "--capacity", "0.7", "--dtype", "bf16")
+    assert code == 2 and out.read_bytes() == before, "one table in two formats"
+    assert "float32" in err and "bfloat16" in err and err.count("error:") == 1
 
 
 def test_setup_reports_even_if_it_cannot_fetch(run_hat, monkeypatch, tmp_path):

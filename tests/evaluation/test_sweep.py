@@ -1,5 +1,7 @@
 """`sweep`: each row is what `score_each` and `compare` give, from one pass over the base."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import tiny_runs
@@ -57,8 +59,16 @@ def test_all_of_a_file_is_measured_unless_it_was_trained_on(hat, tmp_path, monke
     whole, test = (len(load_text(path, hat.base.tokenizer, split=s, block_size=16)) for s in ("all", "test"))
     how = {"block_size": 16, "batch_size": 16, "max_tokens": 10_000, "progress": False}
     assert f"in {whole} blocks" in sweep(hat, path, [1.0], **how).heading
-    monkeypatch.setattr(hat, "training_summary", {"recipe": {"text": f"addresses+{path}"}})
-    assert f"in {test} blocks" in sweep(hat, path, [1.0], **how).heading
+    found, other = (
+        replace(hat.calibration, text=f"{path}, validation split, 9 tokens"),
+        {"recipe": {"text": "addresses"}},
+    )
+    for name, value in (("training_summary", {"recipe": {"text": f"addresses+{path}"}}), ("calibration", found),
+                        ("training_summary", {"routers": {"text": f"addresses+{path}"}, **other})):  # fmt: skip
+        with monkeypatch.context() as patch:  # the last two: gates trained on another text than routers
+            patch.setattr(hat, "training_summary", other)
+            patch.setattr(hat, name, value)
+            assert f"in {test} blocks" in sweep(hat, path, [1.0], **how).heading
 
 
 def test_a_policy_of_ones_own_beside_others_at_its_work(hat):

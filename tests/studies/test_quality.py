@@ -1,11 +1,13 @@
 """Quality rows on `random:tiny`: complete, paired, at equal work, and unchanged by resuming."""
 
+from dataclasses import replace
+
 import pandas as pd
 import pytest
 import torch
 from tiny_runs import adaptive, new_hat
 
-from hat_lib.checkpoint import read_checkpoint
+from hat_lib.checkpoint import read_checkpoint, write_checkpoint
 from hat_lib.config import HatError
 from hat_lib.evaluation import equal_work as module
 from hat_lib.evaluation.controls import EQUAL, OutOfReach
@@ -34,9 +36,9 @@ def pair(tmp_path_factory):
     return folder / "trained", folder / "untrained"
 
 
-def quality(out, pair, points=POINTS, grain="channel"):
+def quality(out, pair, points=POINTS, grain="channel", dtype="fp32"):
     with RowWriter(out, Row, KEY) as writer:
-        for row in module.rows(writer.done, {grain: pair}, points, "fp32"):
+        for row in module.rows(writer.done, {grain: pair}, points, dtype, out):
             writer.write(row)
             yield row
 
@@ -78,6 +80,26 @@ def test_rows_of_other_gates_are_refused_and_those_without_exits_stay_valid(meas
     assert {row.exit_rate for row in quality(out, (tmp_path / "again", pair[1]))} == {0.5}
     with pytest.raises(HatError):
         list(quality(out, pair))
+
+
+def test_rows_of_an_edited_text_or_another_dtype_are_refused_before_anything_is_measured(pair, tmp_path, monkeypatch):
+    path, out = tmp_path / "mine.txt", tmp_path / "rows.csv"
+    path.write_text("A text of one's own, which is long enough to be measured. " * 20)
+    at = Point("channel", str(path), 1024, 0.123456, 0.0, "trained")
+    (first,) = quality(out, pair, [at])
+    assert first.capacity == at.capacity and not list(quality(out, pair, [at])), "measured again"
+    monkeypatch.setattr(module, "score_each", None)
+    with pytest.raises(HatError, match="float32.*bfloat16"):
+        list(quality(out, pair, [at], dtype="bf16"))
+    path.write_text(path.read_text().replace("own", "sister's"))
+    for points in ([POINTS[0], at], [at], [at._replace(capacity=0.5)], [at._replace(max_tokens=1025)]):
+        with pytest.raises(HatError, match=f"rows.csv.*mine.txt.*{first.text_hash}"):
+            list(quality(out, pair, points))
+    moved = replace(read_checkpoint(pair[0]), base="random:tiny-qwen3")
+    with pytest.raises(HatError, match="base random:tiny, now it is random:tiny-qwen3"):
+        list(quality(out, (write_checkpoint(tmp_path / "moved", moved), pair[1]), [POINTS[0]]))
+    with pytest.raises(HatError, match="bfloat16, float32"):
+        module.prices(pd.DataFrame([first, replace(first, dtype="bfloat16")]), "channel")
 
 
 def test_refusals(pair, tmp_path):

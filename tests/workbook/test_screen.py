@@ -1,8 +1,11 @@
 """What a screen says of a prompt, and what it refuses."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
-from tiny_runs import skipping, unpacked
+import torch
+from tiny_runs import skipping, tune, unpacked
 
 from hat_lib.config import HatError
 from hat_lib.decoding.inference import AdaptiveInference
@@ -54,6 +57,34 @@ def test_exits_stay_those_that_the_screen_was_made_with(hat):
         answer = made.answer({"ask": "map", "prompt": PROMPT})
     assert unpacked(answer)[0]["steps"] == asked(hat, "map")[0]["steps"]
     assert made.answer({"ask": "map", "prompt": PROMPT}) is answer  # kept
+
+
+def test_answers_are_not_kept_beyond_what_they_were_made_with():
+    """The weights and their format, the calibration, and whatever a context holds."""
+    hat = skipping("channel")
+    made, question = Screen(hat), {"ask": "whole", "prompt": PROMPT}
+    answers = [made.answer(question)]
+
+    def differs():
+        answers.append(made.answer(question))
+        assert made.answer(question) is answers[-1]
+        return answers[-1] is not answers[-2]
+
+    assert not differs()
+    hat.weight_format = "int8"
+    assert differs() and unpacked(answers[-1])[0]["weights"] == "int8"
+    hat.calibration = replace(hat.calibration, thresholds=(np.array(hat.calibration.thresholds) - 0.1).tolist())
+    assert differs() and answers[-1] != answers[-2]
+    with torch.no_grad():
+        next(hat.routers.parameters()).mul_(2)
+    assert differs()
+    with hat.changed(shortlist=None):
+        assert differs()
+    assert differs()
+    hat.capacity = 0.5
+    assert not differs()
+    tune(hat.lm)  # other modules in place of some
+    assert differs() and not differs()
 
 
 def test_texts_are_those_of_generate(hat):
