@@ -10,7 +10,7 @@ TORCH_INDEX ?=
 FETCH ?= $(PY) -m hat_lib setup --quiet
 # Files or folders whose tests `make check` runs: make check ONLY=tests/method; all by default.
 ONLY ?=
-# What `make soak` runs: equalities, paths, kills, leaks or busy; all by default.
+# What `make soak` runs: equalities, paths, bases, kills, leaks or busy; all by default.
 PART ?=
 # Processes that tests run in, of one thread each. A file's tests stay together.
 JOBS ?= 2

@@ -32,7 +32,7 @@ from studies import state
 from studies.common import markdown
 
 NAMES = ("decode", "answers", "quality", "published", "stand_ins", "tasks", "frontier",
-         "speed_targets", "token_time", "self_speculative", "ablations", "reserve")  # fmt: skip
+         "speed_targets", "token_time", "self_speculative", "parting", "ablations", "reserve")  # fmt: skip
 """in the order in which they are measured"""
 RESULTS = DATA / "results"
 MARKED = re.compile(r"^<!-- table: (\S+) -->$((?:(?!^<!-- table).)*?^<!-- end -->$)?", re.M | re.S)

@@ -122,7 +122,7 @@ class Call:
 
 
 class Decoding:
-    """Replaces ``forward``, ``generate`` and ``_prefill`` of a model's ``lm``, from `attach` to `detach`."""
+    """Replaces ``forward``, ``generate`` and three of its parts on a model's ``lm``, from `attach` to `detach`."""
 
     def __init__(self, hat, context):
         self.hat, self.context, self.lm = hat, context, hat.lm

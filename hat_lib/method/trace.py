@@ -54,7 +54,7 @@ class Trace:
     start: int = 0  #: number of tokens already in the KV cache
     covers: str = "one forward"
     """whose tokens these are: of one forward or, after generate, of its prompt (if a single token is new), of all new
-    tokens that were read, or of the last step alone (beams and drafts, whose rows are not those of the text)"""
+    tokens that were read, or of the last step alone (beams, or a loop of the caller's, whose rows may be others)"""
     text: tuple[Tensor, Cache | None] | None = None
     """while the forward runs: token ids, int64 ``[B, T]`` (zeros where only embeddings are known), and the cache"""
     mask_shapes: dict[str, tuple[int, ...]] = field(default_factory=dict)  #: of a row: (units,), or () for the FFN

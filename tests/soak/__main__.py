@@ -15,8 +15,9 @@ import torch
 from hat_lib.base.machine import cpu_name
 from hat_lib.config import DATA
 from hat_lib.rows import read_rows, rounded
-from soak import busy, equalities, kills, leaks
+from soak import bases, busy, equalities, kills, leaks
 from soak.paths import CLASSES
+from soak.processors import processors
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -36,8 +37,9 @@ class Row:
 def cases(folder: Path):
     """Part, name, number of cases and what runs them."""
     yield "equalities", "drawn models", 1000, lambda: equalities.run(1000)
-    for name, check in CLASSES.items():
+    for name, check in {**CLASSES, "processors": processors}.items():
         yield "paths", name, 200, lambda check=check: equalities.run(200, check)
+    yield "bases", "damaged or hostile folders", 500, lambda: bases.run(500, folder)
     for job in kills.JOBS:
         yield "kills", job, 20, lambda job=job: kills.run(job, 20, folder)
     for path in ("engine", "reference"):
@@ -51,7 +53,7 @@ def main(chosen: list[str], file: Path = DATA / "results" / "reliability.csv") -
     with tempfile.TemporaryDirectory() as folder:
         todo = list(cases(Path(folder)))
         if unknown := set(chosen) - {case[0] for case in todo}:
-            sys.exit(f"no part {', '.join(unknown)}: PART is equalities, paths, kills, leaks or busy")
+            sys.exit(f"no part {', '.join(unknown)}: PART is equalities, paths, bases, kills, leaks or busy")
         for part, what, count, run in todo:
             if chosen and part not in chosen:
                 rows += [row for row in read_rows(file, Row) if (row.part, row.what) == (part, what)]

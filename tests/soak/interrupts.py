@@ -11,12 +11,12 @@ import hat_lib
 HOME = str(Path(hat_lib.__file__).parent)
 
 
-def at_every_line(call: Callable[[], object]) -> Iterator[str]:
-    """Interrupt ``call`` at each line of the library that it comes to, when it does so for the first time; yields the
-    name of each line, after the interrupt."""
+def at_every_line(call: Callable[[], object], some: Callable[[list], list] = list) -> Iterator[str]:
+    """Interrupt ``call`` at each line of the library that it comes to, or at ``some`` of them, when it does so for the
+    first time; yields the name of each line, after the interrupt."""
     lines: dict[tuple[str, int], None] = {}
     _traced(call, lambda place: lines.setdefault(place))
-    for place in lines:
+    for place in some([*lines]):
 
         def interrupt(here, place=place):
             if here == place:

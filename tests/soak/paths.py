@@ -1,4 +1,5 @@
-"""Drawn models off the beaten path: extremes, hooks, interrupts, chunked prompts, uneven batches, pairs of contexts."""
+"""Drawn models off the beaten path: extremes, hooks, interrupts, chunked prompts, uneven batches, pairs of contexts,
+assisted texts, forwards beside a text's own."""
 
 from __future__ import annotations
 
@@ -8,11 +9,13 @@ from types import SimpleNamespace
 
 import numpy as np
 import torch
+from transformers.generation.streamers import BaseStreamer
 
 from hat_lib.evaluation.choices import Random
 from hat_lib.evaluation.controls import RandomExits
 from hat_lib.method.trace import Trace
 from soak.equalities import TOLERANCE, adaptive, llama, stepwise
+from soak.interrupts import at_every_line
 
 EVERYTHING = {"capacity", "exit rate", "decisions", "exits", "corrections", "head", "steering"}
 CONTEXTS = {
@@ -152,6 +155,43 @@ def contexts(case) -> None:
     check_pair(hat, ids[:1], named[int(draws.integers(len(named)))], 10 * TOLERANCE[case.dtype])
 
 
+def assisted(case) -> None:
+    """A greedy text with drafts, or without a cache, is the text, and runs what that runs."""
+    hat, ids, draws = prepared(case)
+    ids = ids[:1].repeat(1, 3)
+    ways = {"prompt_lookup_num_tokens": int(draws.integers(1, 6))}, {"use_cache": False}
+    expected, trace = generated(hat, ids), hat.trace
+    found = generated(hat, ids, **ways[int(draws.integers(2))])
+    if case.dtype == torch.float32:
+        assert torch.equal(found, expected) and torch.equal(hat.trace.exit_layer, trace.exit_layer), "assisted = plain"
+        assert (hat.trace.site_share - trace.site_share).abs().max() < 1e-5, "shares, assisted"
+
+
+def beside(case) -> None:
+    """Forwards of a logits processor, of guidance or in a streamer are not the text's."""
+    hat, ids, draws = prepared(case)
+    other, kind = torch.from_numpy(draws.integers(0, 256, (3, 5))), int(draws.integers(3))
+
+    class Curious(BaseStreamer):
+        put, end = (lambda self, ids: hat.lm(other)), (lambda self: generated(hat, other[:1]))
+
+    def ask(input_ids, scores):
+        hat.lm(other)
+        return scores
+
+    generated(hat, ids, **({"streamer": Curious()}, {"logits_processor": [ask]}, {"guidance_scale": 1.5})[kind])
+    assert hat.trace.covers == "new tokens" and hat.trace.real.shape == (len(ids), 5), "whose forwards"
+
+
+def lines(case) -> None:
+    """Ctrl-C at a few lines of generate: the next forward and the next text are as they were."""
+    hat, ids, draws = prepared(case)
+    expected, text = stepwise(hat, ids), generated(hat, ids)
+    for line in at_every_line(lambda: generated(hat, ids), lambda all: draws.choice(all, 5).tolist()):
+        assert torch.equal(stepwise(hat, ids), expected) and hat.trace.tokens == 1, line
+    assert torch.equal(generated(hat, ids), text)
+
+
 def _has(hat, pair) -> bool:
     """Whether a model has what both contexts are about."""
     lacks = {"correcting": not hat.corrections, "steered": not hat.grain.scales_thresholds}
@@ -159,4 +199,6 @@ def _has(hat, pair) -> bool:
     return not any(lacks.get(name) for name in pair)
 
 
-CLASSES: dict[str, Callable] = {f.__name__: f for f in (extremes, hooks, interrupts, chunks, uneven, contexts)}
+CLASSES: dict[str, Callable] = {
+    check.__name__: check for check in (extremes, hooks, interrupts, chunks, uneven, contexts, assisted, beside, lines)
+}

@@ -12,6 +12,7 @@ from hat_lib.rows import read_rows
 from soak import equalities, kills, leaks
 from soak.__main__ import Row, cases
 from soak.paths import CLASSES
+from soak.processors import processors
 
 
 def test_the_committed_rows_are_of_these_cases(tmp_path):
@@ -25,9 +26,9 @@ def test_equalities():
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", CLASSES)
-def test_paths(name):
-    equalities.run(6, CLASSES[name])
+@pytest.mark.parametrize("check", [*CLASSES.values(), processors])
+def test_paths(check):
+    equalities.run(6, check)
 
 
 @pytest.mark.slow

@@ -40,6 +40,7 @@ SMALL = {
         {"BLOCK": 64, "READ_FIRST": 8, "CONTEXT": 32, "KINDS": ()}, 16,
     ),
     "token_time": ({"capacity": 0.5, "rounds": 1, "steps": 2, "dtype": "fp32"}, {}, 22),
+    "parting": ({"capacities": [0.5], "dtypes": ["fp32"], "count": 2, "max_new_tokens": 8}, {}, 1),
     "self_speculative": ({"capacities": [0.5], "dtypes": ["fp32"], "count": 2, "max_new_tokens": 8}, {}, 2),
     "answers": ({"rounds": 1, "dtype": "fp32"}, {"POINTS": ((16, 2, 0), (8, 1, 1)), "ANSWER": 6}, 12),
     "tasks": (
