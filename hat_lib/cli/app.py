@@ -1,4 +1,4 @@
-"""The command line, put together, with ``hat setup``, ``hat cost`` and ``hat batch``.
+"""The command line, put together, with ``hat setup`` and ``hat batch``.
 
 Each command checks its input before it loads a model, and imports torch itself, so that ``hat --help`` answers at once.
 """
@@ -12,7 +12,6 @@ from typing import Literal
 
 import typer
 
-from hat_lib.cli import options
 from hat_lib.cli.generate import explain, generate, play
 from hat_lib.cli.measure import analyze, evaluate, sweep
 from hat_lib.cli.options import option
@@ -39,21 +38,6 @@ def setup(
     finally:  # above all when fetching failed
         if not quiet:
             typer.echo("\n".join(environment()))
-
-
-def cost(base: str = options.BUNDLED, dtype: str | None = options.DTYPE, threads: int | None = options.THREADS) -> None:
-    """Memory that a base and its adapter need.
-
-    Reads the base's config and no weights. The engine's copy of the weights comes beside the base's own, and serves all
-    capacities.
-    """
-    options.start(threads)
-    from hat_lib.base.load import default_dtype, parse_dtype
-    from hat_lib.training.memory import needs
-
-    parts = needs(base, default_dtype("cpu") if dtype in (None, "auto") else parse_dtype(dtype))
-    for part, size in parts.items():
-        typer.echo(f"{part:56} {f'{size / 2**30:.2f} GiB' if size >= 2**30 else f'{size / 2**20:.1f} MiB':>12}")
 
 
 def batch(
@@ -120,7 +104,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     rich_markup_mode=None,  # plain text reads the same in a terminal, a notebook and a log
 )
-for command in (setup, play, generate, explain, evaluate, analyze, calibrate, sweep, train, batch, cost):
+for command in (setup, play, generate, explain, evaluate, analyze, calibrate, sweep, train, batch):
     app.command()(command)
 
 

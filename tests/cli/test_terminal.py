@@ -21,7 +21,7 @@ def test_a_closed_pipe_leaves_no_traceback():
 
 @pytest.mark.skipif(not os.path.exists("/dev/full"), reason="needs /dev/full")
 def test_a_full_disk_is_one_line():
-    command = [sys.executable, "-m", "hat_lib", "cost", "--help"]
+    command = [sys.executable, "-m", "hat_lib", "evaluate", "--help"]
     with open("/dev/full", "w") as full:
         done = subprocess.run(command, cwd=REPO, stdout=full, stderr=subprocess.PIPE, text=True)
     assert done.returncode == 1 and done.stderr.startswith("error: cannot write: ") and done.stderr.count("\n") == 1

@@ -6,13 +6,12 @@ from scipy.stats import chisquare, kstest
 from tiny_runs import adaptive, new_hat
 from transformers import TextStreamer
 
-from hat_lib.config import DATA, HatError
+from hat_lib.config import HatError
 from hat_lib.decoding.generate import WEIGHT_FORMATS
 from hat_lib.decoding.inference import AdaptiveInference
 from hat_lib.decoding.speculation import Sampler, Speculation, best_draft_length
 from hat_lib.engine.decoder import Decoder
 from hat_lib.evaluation.choices import Random
-from hat_lib.hat import HierarchicalTransformer
 
 N = 24
 
@@ -156,15 +155,3 @@ def test_draft_length_maximises_tokens_per_work():
 def test_bad_input(hat, rows, draft_length):
     with pytest.raises(HatError):
         speculate(hat, torch.ones(rows, 4, dtype=torch.long), 4, draft_length)
-
-
-@pytest.mark.slow
-def test_bundled_in_fp32(bundled):
-    hat = HierarchicalTransformer.from_pretrained(DATA / "checkpoints" / "default", bundled)
-    try:
-        ids = bundled.tokenizer("The future of AI is", return_tensors="pt").input_ids
-        with hat.at(0.5):
-            text, found = speculate(hat, ids, 24)
-        assert torch.equal(text, greedy(hat, ids, 24)) and found.accepted > 0.3 * found.drafted
-    finally:
-        hat.unload()

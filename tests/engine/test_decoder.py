@@ -125,15 +125,6 @@ def test_fewer_bits_are_near(form, size, nats, ids):
 class TestCache:
     """Keys and values in the growing arrays stay equal to those of a `DynamicCache`."""
 
-    def both(self, ids):
-        """A plain cache and a growing one, for the same tokens, and the model."""
-        lm = llama()
-        plain, growing = DynamicCache(config=lm.config), DynamicCache(config=lm.config)
-        lm(ids, cache=plain, use_cache=True)
-        lm(ids, cache=growing, use_cache=True)
-        buffer_for(growing, (len(ids), lm.config.num_key_value_heads, lm.config.head_dim, lm.dtype), 1)
-        return lm, plain, growing
-
     CHANGES = {
         "as it is": lambda cache: None,
         "cropped": lambda cache: cache.crop(-5),
@@ -145,7 +136,11 @@ class TestCache:
     @pytest.mark.parametrize("change", CHANGES)
     def test_after_what_transformers_does_to_it(self, change, ids):
         """Views taken before do not change."""
-        lm, plain, growing = self.both(ids)
+        lm = llama()
+        plain, growing = DynamicCache(config=lm.config), DynamicCache(config=lm.config)
+        for cache in (plain, growing):
+            lm(ids, cache=cache, use_cache=True)
+        buffer_for(growing, (len(ids), lm.config.num_key_value_heads, lm.config.head_dim, lm.dtype), 1)
         taken = [t for layer in growing.layers for t in (layer.keys, layer.values)]
         before = [t.clone() for t in taken]
         for cache in (plain, growing):

@@ -151,25 +151,6 @@ def test_head(head, x):
     assert (np.abs(found - expected) < 1e-6 * size).all()
 
 
-def plain(w):
-    """float32 ``[C, O]``; of fewer bits, before the scale of outputs."""
-    if w.dtype == np.uint8:
-        return unpacked(w, np.ones(OUTPUTS, np.float32))
-    wide = np.empty(w.size, np.float32)
-    if w.dtype == np.int8:
-        return plain_eight(w)
-    widened(w.ravel(), wide)
-    return wide.reshape(w.shape)
-
-
-def test_product(weights, x):
-    if weights.itemsize == 1:  # relative to inputs in eight bits
-        x = rounded(x)
-    expected = x.astype("f8") @ plain(weights)
-    found = product(weights, x, UNIT, bar=-np.inf)[0]
-    assert np.abs(found - expected).max() < 1e-5 * np.abs(expected).max()
-
-
 def test_nan_is_kept(weights, x):
     """As in the definition, where a skipped one is multiplied by zero; other rows are not touched."""
     broken = x.copy()
@@ -182,17 +163,6 @@ def test_nan_is_kept(weights, x):
 @compiled()
 def encoded(values, codes):
     return encode(values, 0, len(values), codes)
-
-
-def rounded(x):
-    """Codes times scale, by block."""
-    blocks, codes, made = x.reshape(-1, BLOCK), np.empty(BLOCK, np.int8), []
-    for block in blocks:
-        scale, total = encoded(block, codes)
-        assert total == codes.sum(dtype=int) and abs(codes.astype(int)).max() == (127 if block.any() else 0)
-        assert np.abs(scale * codes - block).max() <= 0.501 * scale
-        made.append(scale * codes.astype(np.float32))
-    return np.reshape(made, x.shape)
 
 
 def test_part_of_a_block_is_filled_with_zeros():
@@ -252,12 +222,3 @@ def plain_eight(w):
     made = np.empty(w.shape, np.float32)
     made[:, tile_order(w.shape[1], 8)[:, 0]] = w
     return made
-
-
-def test_row_among_others_is_as_alone(weights, x):
-    unit, bar = np.linspace(0.1, 1.2, CHANNELS, dtype=np.float32), np.array([1, 0.5, 2, -np.inf, 1], "f4")
-    together, kept = product(weights, x, unit, bar=bar, runs=np.array([1, 1, 1, 1, 0], bool))
-    assert kept[3] == CHANNELS and kept[4] == 0 and not together[4].any()
-    for r in range(4):
-        alone, own = product(weights, x[r : r + 1], unit, bar=bar[r])
-        assert np.array_equal(together[r], alone[0]) and kept[r] == own[0]

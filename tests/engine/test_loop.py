@@ -4,7 +4,8 @@ import numpy as np
 import pytest
 import torch
 from test_decoder import llama, steps
-from transformers import DynamicCache, generation
+from transformers import DynamicCache
+from transformers import generation as g
 
 from hat_lib.engine import team
 from hat_lib.engine.arrays import GREEDY
@@ -20,19 +21,13 @@ def decoder():
     return Decoder(llama())
 
 
-def course(decoder, ids, count, cache=None, padding=None, **choice):
-    """``count`` tokens after ``ids [B, T]``, and the cache; ``padding [B]`` tokens on the left of each are not seen."""
-    cache = DynamicCache(config=decoder.lm.config) if cache is None else cache
-    first = np.zeros(len(ids), np.int64) if padding is None else padding
-    start, decide = cache.get_seq_length(), decoder.dense
-    if ids.shape[1] > 1:
-        real = torch.arange(ids.shape[1])[None] >= torch.from_numpy(first)[:, None]
-        decoder.lm(ids[:, :-1], attention_mask=real[:, :-1].long(), cache=cache, use_cache=True,
-                   position_ids=(real.cumsum(1) - 1).clamp(min=0)[:, :-1])  # fmt: skip
-        start = cache.get_seq_length()
-    place = Place((start - first)[:, None], first, np.zeros((len(ids), 1), bool))
-    last, none = ids[:, -1:].numpy(), np.zeros(len(ids), np.int64)
-    return decoder.course(last, cache, decide, place, count, GREEDY._replace(**choice), unprotected=none), cache
+def course(decoder, ids, count, **choice):
+    """``count`` tokens after ``ids [B, T]``, and the cache."""
+    cache, none = DynamicCache(config=decoder.lm.config), np.zeros(len(ids), np.int64)
+    decoder.lm(ids[:, :-1], cache=cache, use_cache=True)
+    place = Place((none + cache.get_seq_length())[:, None], none, np.zeros((len(ids), 1), bool))
+    last, choice = ids[:, -1:].numpy(), GREEDY._replace(**choice)
+    return decoder.course(last, cache, decoder.dense, place, count, choice, unprotected=none), cache
 
 
 @pytest.fixture
@@ -83,58 +78,23 @@ def test_a_long_call_of_fewer_threads_goes_on_with_more(decoder, ids, monkeypatc
     assert np.array_equal(found.ids, expected.ids)
 
 
-def test_in_several_calls_alone_and_padded(decoder, ids):
-    together, _ = course(decoder, ids, 20)
-    begun, cache = course(decoder, ids, 7)
-    rest, _ = course(decoder, torch.from_numpy(begun.ids[:, -1:].copy()), 13, cache)
-    assert np.array_equal(np.concatenate([begun.ids, rest.ids], 1), together.ids)
-    for row in range(3):
-        assert np.array_equal(course(decoder, ids[row : row + 1], 20)[0].ids[0], together.ids[row])
-    padding = np.array([0, 3, 11])
-    padded, _ = course(decoder, ids, 20, padding=padding)
-    for row in range(3):
-        assert np.array_equal(course(decoder, ids[row : row + 1, padding[row] :], 20)[0].ids[0], padded.ids[row])
-
-
-def test_ends(decoder, ids):
-    free = course(decoder, ids, 30)[0].ids
-    stop = int(free[0, 9])
-    ended = course(decoder, ids, 30, stops=np.array([stop]), pad=100)[0].ids
-    for row, expected in zip(ended, free, strict=True):
-        end = [*expected, stop].index(stop) + 1
-        assert row[:end].tolist() == expected[:end].tolist()[: len(row)] and set(row[end:].tolist()) <= {100}
-    late = course(decoder, ids, 30, stops=np.array([stop]), earliest=20)[0].ids
-    assert stop not in late[:, :20]
-
-
 @compiled()
-def drawn(logits, choice, out):
-    weights = np.empty(logits.shape[0], np.float32)
-    weights[:] = logits
-    weigh(weights, logits.max(), choice.temperature)
+def drawn(weights, choice, out):
+    weigh(weights, weights.max(), choice.temperature)
     restrict(weights, choice.top_k, choice.top_p, choice.min_p)
     for k in range(out.shape[0]):
         out[k] = draw(weights, choice.uniform[k, 0])
 
 
-ALONE = {"temperature": 0.6, "top_k": 7, "top_p": 0.7, "min_p": 0.2}
-TOGETHER = {"temperature": 1.5, "top_k": 9, "top_p": 0.8, "min_p": 0.1}
-
-
-@pytest.mark.parametrize("settings", [{}, *({name: value} for name, value in ALONE.items()), TOGETHER], ids=str)
-def test_distribution(settings):
+def test_distribution():
     """Draws at evenly spaced uniform numbers are as frequent as transformers' processors make them likely."""
     count, logits = 20_000, torch.from_numpy(np.random.default_rng(3).normal(0, 2, (1, 40)).astype("f4"))
-    warpers = {"temperature": "Temperature", "top_k": "TopK", "top_p": "TopP", "min_p": "MinP"}
-    warpers = [getattr(generation, f"{warpers[name]}LogitsWarper")(value) for name, value in settings.items()]
-    processors = generation.LogitsProcessorList(warpers)
-    expected = processors(torch.zeros(1, 1, dtype=torch.long), logits.clone()).softmax(-1)[0]
-    given = {name: value if name == "top_k" else np.float32(value) for name, value in settings.items()}
-    uniform = ((np.arange(count) + 0.5) / count)[:, None]
-    out = np.zeros(count, np.int64)
-    drawn(logits[0].numpy(), GREEDY._replace(sample=True, uniform=uniform, **given), out)
-    found = np.bincount(out, minlength=40) / count
-    assert np.abs(found - expected.numpy()).max() < 2 / count + 1e-5
+    warpers = [g.TemperatureLogitsWarper(1.5), g.TopKLogitsWarper(9), g.TopPLogitsWarper(0.8), g.MinPLogitsWarper(0.1)]
+    expected = g.LogitsProcessorList(warpers)(torch.zeros(1, 1, dtype=torch.long), logits.clone()).softmax(-1)
+    given = {"temperature": np.float32(1.5), "top_k": 9, "top_p": np.float32(0.8), "min_p": np.float32(0.1)}
+    choice = GREEDY._replace(sample=True, uniform=((np.arange(count) + 0.5) / count)[:, None], **given)
+    drawn(logits[0].numpy(), choice, out := np.zeros(count, np.int64))
+    assert np.abs(np.bincount(out, minlength=40) / count - expected[0].numpy()).max() < 2 / count + 1e-5
 
 
 def test_nan_among_the_logits(ids):

@@ -5,10 +5,10 @@ import time
 import pytest
 import torch
 from soak.interrupts import at_every_line
+from soak.paths import Curious
 from test_transformer import GREEDY, close
 from tiny_runs import active, peaked, stepwise, tiny
-from transformers import DynamicCache, LogitsProcessor
-from transformers.generation.streamers import BaseStreamer
+from transformers import DynamicCache
 
 from hat_lib.base.load import fingerprint
 from hat_lib.decoding import generate
@@ -17,17 +17,6 @@ from hat_lib.method.routers import column_norm
 from hat_lib.method.trace import Trace
 
 pytestmark = [pytest.mark.usefixtures("no_grad"), pytest.mark.filterwarnings("ignore:weights of the base were changed")]
-
-
-class Curious(BaseStreamer, LogitsProcessor):
-    """Asks the model about another text each time that it sees a token."""
-
-    def __init__(self, ask):
-        self.put, self.end = (lambda ids: ask()), ask
-
-    def __call__(self, input_ids, scores):
-        self.end()
-        return scores
 
 
 def beside(hat) -> dict:

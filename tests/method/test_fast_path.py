@@ -13,19 +13,16 @@ from pathlib import Path
 import pytest
 import tiny_runs
 import torch
-from four_bits_read import packed_and_read, round_weights
+from four_bits_read import packed_and_read
+from test_off_the_path import CONTEXTS as NAMED
 from test_transformer import close, stepwise
 from tiny_runs import GRAINS, active, gating, greedy, skipping, tiny
 from transformers import DynamicCache, LlamaForCausalLM
 
 from hat_lib.base.load import fingerprint
-from hat_lib.config import DATA, HatConfig, HatError
+from hat_lib.config import HatError
 from hat_lib.decoding.generate import WEIGHT_FORMATS
-from hat_lib.evaluation.choices import Random
-from hat_lib.evaluation.controls import RandomExits
-from hat_lib.hat import HierarchicalTransformer
 from hat_lib.method.trace import Masks
-from hat_lib.text.blocks import load_text
 
 pytestmark = [
     pytest.mark.usefixtures("no_grad"),
@@ -58,22 +55,6 @@ def test_decides_as_the_reference_path(hat, ids):
     assert 0.3 < type(ours[0]).cat(ours).capacity < 0.95 and type(ours[0]).cat(ours).exit_rate > 0.05
 
 
-@every_family
-def test_left_padding_is_not_seen(hat, ids):
-    mask = torch.ones(3, 18, dtype=torch.long)
-    mask[0, :4] = mask[1, :1] = 0
-    padded, cache, out = torch.nn.functional.pad(ids, (4, 0)), DynamicCache(config=hat.lm.config), []
-    position = (mask.cumsum(1) - 1).clamp(min=0)
-    with hat.engine():
-        for t in range(18):
-            given = {"attention_mask": mask[:, : t + 1], "position_ids": position[:, t : t + 1]}
-            out.append(hat.lm(padded[:, t : t + 1], cache=cache, use_cache=True, **given).logits)
-            assert (hat.trace.executed is not None) == (t >= 4)  # the engine does not run padded tokens
-    with hat.reference():
-        expected = hat.lm(padded, attention_mask=mask, position_ids=position).logits
-    close(torch.cat(out, 1)[mask.bool()], expected[mask.bool()])
-
-
 def hook(hat):
     hat.lm.model.layers[1].mlp.down_proj.register_forward_hook(lambda *args: None)
 
@@ -99,11 +80,7 @@ def test_changed_models_run_on_the_reference_path(channel_hat, ids, change):
 
 
 CONTEXTS = {
-    "reference": lambda hat: hat.reference(),
-    "record": lambda hat: hat.record(),
-    "masked": lambda hat: hat.changed(compact=False),
-    "using": lambda hat: hat.using(Random(0.5)),
-    "exiting": lambda hat: hat.using(exits=RandomExits(dict.fromkeys((1, 2, 3), 0.5))),
+    **{name: NAMED[name][0] for name in ("reference", "record", "masked", "using", "exiting")},
     "force": lambda hat: hat.force(Masks()),
     "grad": lambda hat: torch.enable_grad(),
     "autocast": lambda hat: torch.autocast("cpu"),
@@ -159,6 +136,7 @@ def test_logits_to_keep(ids, capacity, keep):
 
 EXTREMES = {
     "gates": lambda lm: [layer.mlp.gate_proj.weight.mul_(3e3) for layer in lm.model.layers],
+    "last norm": lambda lm: lm.model.norm.weight.mul_(1e4),
     "norms": lambda lm: [layer.post_attention_layernorm.weight.mul_(1e4) for layer in lm.model.layers],
     "largest": lambda lm: lm.model.embed_tokens.weight[:40].fill_(torch.finfo(lm.dtype).max),
     "infinite": lambda lm: lm.model.embed_tokens.weight[:40, 5].fill_(torch.inf),
@@ -279,11 +257,9 @@ def test_changes_are_followed(hat, ids, change):
     assert hat.base.fingerprint == fingerprint(hat.lm)
 
 
-@pytest.mark.parametrize("form, size, error", [("int8", 0.4, 0.1), ("q4", 0.25, 0.05)])
-def test_weights_in_fewer_bits(channel_hat, ids, form, size, error):
+@pytest.mark.parametrize("form, size", [("int8", 0.4), ("q4", 0.25)])
+def test_weights_in_fewer_bits(channel_hat, ids, form, size):
     hat = channel_hat
-    if form == "q4":  # against a base with the same weights, only inputs in eight bits differ
-        round_weights(hat.lm)
     assert hat.packed_bytes == 0
     before = stepwise(hat, ids)
     full = hat.packed_bytes
@@ -291,35 +267,13 @@ def test_weights_in_fewer_bits(channel_hat, ids, form, size, error):
         assert hat.decoding.startswith(f"engine ({form}, ") and not torch.equal(stepwise(hat, ids), before)
     assert torch.equal(stepwise(hat, ids), before)
     hat.weight_format = form
-    with hat.dense():  # decisions would depend on the last bit
-        found = stepwise(hat, ids)
-        assert 0 < hat.packed_bytes < size * full
-        with hat.reference():
-            near = stepwise(hat, ids)
-    assert 0 < float((found - near).abs().mean()) < error * float(near.abs().mean())
+    stepwise(hat, ids)
+    assert 0 < hat.packed_bytes < size * full
 
 
 def test_q4_is_near_the_file_s_own_numbers(bundled):
     for name, layer, own, read in packed_and_read(bundled.model):
         assert float((own - read).norm() / own.norm()) < 0.01, (name, layer)
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize(("form", "nats"), [("base", 1e-6), ("int8", 0.01), ("q4", 0.01)])
-@torch.no_grad()
-def test_bundled_dense_equals_base_and_fewer_bits_change_little(bundled, form, nats):
-    ids = torch.tensor([load_text("addresses", bundled.tokenizer, max_tokens=96)[0]["input_ids"]])
-    expected = bundled.model(ids).logits
-    hat = HierarchicalTransformer.from_pretrained(DATA / "checkpoints" / "calibrated", bundled)
-    try:
-        hat.weight_format = form
-        with hat.dense():
-            assert torch.equal(hat.lm(ids).logits, expected)
-            found = stepwise(hat, ids).log_softmax(-1)
-    finally:
-        hat.unload()
-    expected = expected.log_softmax(-1)
-    assert abs(float((expected.exp() * (expected - found)).sum(-1).mean())) < nats
 
 
 def test_weight_format_that_is_unknown_or_does_not_fit(channel_hat, monkeypatch):
@@ -355,12 +309,3 @@ def test_copy_goes_on_and_unloading_leaves_nothing(hat, ids):
     assert hat.packed_bytes == 0 and not {"forward", "generate"} & set(vars(base.model))
     assert all(on_engine(twin, ids))
     close(stepwise(twin, ids), expected)
-
-
-def test_token_grain_never_skips_layer_0(ids):
-    base = tiny()
-    hat = HierarchicalTransformer(base, HatConfig.published(base, exit_layers=()))
-    everything = dict.fromkeys(((i, "ffn") for i in range(hat.config.n_layers)), float("inf"))
-    with hat.using(hat.threshold_policy(everything)):
-        stepwise(hat, ids)
-    assert hat.trace.executed is not None and hat.trace.site_share.flatten(1).mean(1).tolist() == [1, 0, 0, 0]

@@ -114,9 +114,9 @@ def adaptive(case: SimpleNamespace, base: Base) -> HierarchicalTransformer:
     return hat
 
 
-def equal(case: SimpleNamespace) -> None:
-    """Raise AssertionError unless every equality holds."""
-    base, draws = llama(case), np.random.default_rng(case.seed + 1)
+def equal(case: SimpleNamespace, base: Base | None = None) -> None:
+    """Raise AssertionError unless every equality holds, on ``base`` or on a Llama of the case's shape."""
+    base, draws = base or llama(case), np.random.default_rng(case.seed + 1)
     ids = torch.from_numpy(draws.integers(0, 256, (case.batch, case.tokens)))
     expected, frozen = base.model(ids).logits, exact_hash(base.model)
 
@@ -162,6 +162,7 @@ def equal(case: SimpleNamespace) -> None:
             with path(), hat.force(some), hat.collect() as states:
                 close(stepwise(hat, ids[rows]), parallel[rows], f"decode = parallel, {path.__name__}", tips)
             assert torch.equal(Trace.cat(states).exit_layer, state.exit_layer[rows]), "exits, step by step"
+            close(Trace.cat(states).share, state.share[:, rows], "shares, step by step")
     with hat.force(masks), hat.changed(compact=False):
         close(hat.lm(ids).logits, parallel, "compact = masked", tips)
 
@@ -214,7 +215,10 @@ def _padded(hat, ids, lengths, side, close) -> None:
     positions = (mask.cumsum(1) - 1).clamp(min=0)
     with hat.record(), hat.reference():
         together, state = hat.lm(batch, attention_mask=mask, position_ids=positions).logits, hat.trace
+    pads = mask == 0
+    assert not state.share[:, pads].any() and (state.exit_layer[pads] == state.n_layers).all(), "a pad ran"
     for row, span in enumerate(spans):
         with hat.force(state.masks.map(lambda m, row=row, span=span: m[row : row + 1, span])):
             close(hat.lm(ids[row : row + 1, : lengths[row]]).logits[0], together[row, span])
         assert torch.equal(hat.trace.exit_layer[0], state.exit_layer[row, span]), "exits, alone and in a batch"
+        assert torch.equal(hat.trace.protected[0], state.protected[row, span]), "protected, alone and in a batch"

@@ -4,8 +4,7 @@ import signal
 import time
 
 import pytest
-import torch
-from tiny_runs import random_blocks, skipping
+from tiny_runs import greedy, skipping
 
 from hat_lib.config import DATA
 from hat_lib.rows import read_rows
@@ -43,16 +42,11 @@ def test_leaks():
     leaks.run(4, "reference")
 
 
-@torch.no_grad()
-def text(hat, ids, tokens=24):
-    return hat.lm.generate(ids, max_new_tokens=tokens, do_sample=False, pad_token_id=0)
-
-
 @pytest.mark.timeout(method="thread")  # it uses the alarm itself
 def test_ctrl_c_inside_a_compiled_step_leaves_the_next_text_alone():
-    hat, ids = skipping("channel"), torch.tensor(random_blocks(1))
-    expected, begun = text(hat, ids), time.monotonic()
-    text(hat, ids)
+    hat = skipping("channel")
+    expected, begun = greedy(hat, 24), time.monotonic()
+    greedy(hat, 24)
     seconds = time.monotonic() - begun
     before = signal.signal(signal.SIGALRM, signal.default_int_handler)  # like SIGINT
     try:
@@ -60,7 +54,7 @@ def test_ctrl_c_inside_a_compiled_step_leaves_the_next_text_alone():
             signal.setitimer(signal.ITIMER_REAL, part * seconds)
             with pytest.raises(KeyboardInterrupt):
                 while True:
-                    text(hat, ids)
-            assert torch.equal(text(hat, ids), expected)
+                    greedy(hat, 24)
+            assert greedy(hat, 24) == expected
     finally:
         signal.signal(signal.SIGALRM, before)
